@@ -1,0 +1,1 @@
+"""The tests; import what they share as `tests.<module>`."""

@@ -1,0 +1,111 @@
+"""Every exception and warning of cheapgrad.
+
+Each message says what came, what was allowed and what to do. All exceptions inherit from `CheapgradError` and from the
+built-in exception a caller would expect, so that `except ValueError` keeps working.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+
+class CheapgradError(Exception):
+    """Base of every exception raised by cheapgrad."""
+
+
+class BudgetError(CheapgradError, ValueError):
+    """A budget (keep fraction, bits, rank, group size) lies outside its range."""
+
+
+class PlacementError(CheapgradError, ValueError):
+    """A strategy or score was put where it has no meaning; the message gives the reason."""
+
+
+class RuleError(CheapgradError, ValueError):
+    """A rule says nothing, or its pattern is not a glob, a module type or a predicate."""
+
+
+class NoMatchError(CheapgradError, ValueError):
+    """A rule's pattern matches no module; the message names the nearest module names."""
+
+
+class UnknownNameError(CheapgradError, ValueError):
+    """A name (of a strategy, a method, ...) is not known; the message names the nearest one."""
+
+
+class ModelTypeError(CheapgradError, TypeError):
+    """Something that is not a `torch.nn.Module` was given where a model is expected."""
+
+
+class WrapperOrderError(CheapgradError, RuntimeError):
+    """The model is already compiled or sharded; the message gives the right order of calls."""
+
+
+class ConversionError(CheapgradError, RuntimeError):
+    """The model's state does not allow the call (already converted, already reverted)."""
+
+
+class SecondDerivativeError(CheapgradError, RuntimeError):
+    """A second derivative was taken through a sketched backward pass, where it would be biased."""
+
+
+class ForwardModeError(CheapgradError, NotImplementedError):
+    """Forward-mode differentiation was asked of a sketched operation, which only sketches reverse mode."""
+
+
+class ShapeError(CheapgradError, ValueError):
+    """Tensors of shapes that do not fit together."""
+
+
+class ForwardResultError(CheapgradError, TypeError):
+    """A forward pass returned nothing that keeps its graph alive, so what it holds cannot be counted."""
+
+
+class GradientDrawError(CheapgradError, ValueError):
+    """The gradients drawn for an audit do not fit the exact gradient, or are not finite."""
+
+
+class OutputError(CheapgradError, OSError):
+    """A result cannot be written where it was asked for."""
+
+
+class MissingExtraError(CheapgradError, ImportError):
+    """An optional dependency is missing; the message names the pip extra that brings it."""
+
+
+class NoEffectWarning(UserWarning):
+    """A call had no effect on the model, for the reasons listed."""
+
+
+def nearest_match(name: str, candidates: Iterable[str]) -> str:
+    """Return a hint such as ``"; did you mean 'fc1'?"``, or an empty string when nothing is close.
+
+    >>> nearest_match("fc_1", ["fc1", "head"])
+    "; did you mean 'fc1'?"
+    """
+    close = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.5)
+    if not close:
+        return ""
+    return "; did you mean " + " or ".join(repr(candidate) for candidate in close) + "?"
+
+
+def check_fraction(name: str, value: object) -> float:
+    """Return `value` as a float if it is a number in (0, 1]; raise `BudgetError` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BudgetError(
+            f"{name} must be a number in (0, 1], but got {value!r} of type {type(value).__name__}; use e.g. {name}=0.5"
+        )
+    if math.isnan(value) or not 0 < value <= 1:
+        raise BudgetError(
+            f"{name} must be in (0, 1], but got {value!r}; use e.g. {name}=0.5, or {name}=1.0 for exact gradients"
+        )
+    return float(value)
+
+
+def check_count(name: str, value: object, minimum: int = 1) -> int:
+    """Return `value` if it is an int of at least `minimum`; raise `BudgetError` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise BudgetError(f"{name} must be a whole number of at least {minimum}, but got {value!r}")
+    return value

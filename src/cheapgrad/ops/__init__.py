@@ -1,0 +1,1 @@
+"""Operations whose vector-Jacobian product may be sketched."""

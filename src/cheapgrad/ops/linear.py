@@ -1,0 +1,142 @@
+"""The linear map ``Y = X W.T + b`` with a sketched backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cheapgrad.ops._guards import differentiate_once, refuse_forward_mode
+from cheapgrad.ops.plan import Plan, poison
+from cheapgrad.sketch import DenseMatrix, Moment, Operands
+from cheapgrad.sketch.drawn import DrawnRows
+from cheapgrad.sketch.operands import AbstractStoredMatrix
+
+
+class _SketchedLinear(torch.autograd.Function):
+    """Forward is `torch.nn.functional.linear`; backward multiplies sketches."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, *kept: Tensor) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, plan, *kept = inputs
+        ctx.plan = plan
+        ctx.input_shape = x.shape
+        ctx.kept_count = 0
+        saved = [weight] if ctx.needs_input_grad[0] else []
+        if ctx.needs_input_grad[1]:
+            held = kept if plan.stored is not None else [x]
+            ctx.kept_count = len(held)
+            saved.extend(held)
+        ctx.save_for_backward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        weight = saved[0] if ctx.needs_input_grad[0] else None
+        kept = saved[len(saved) - ctx.kept_count :]
+        plan: Plan = ctx.plan
+        with torch.no_grad():
+            stored, grad_NO = _as_matrices(ctx, plan, kept, grad)
+            plan.observe(grad_NO, _examples(ctx.input_shape))
+            grad_input, grad_weight = _products(plan, stored, grad_NO, weight, _examples(ctx.input_shape))
+            grad_bias = grad_NO.sum(0) if ctx.needs_input_grad[2] else None
+            if grad_input is not None:
+                grad_input = grad_input.view(ctx.input_shape)
+        gradients = [
+            differentiate_once(gradient, "linear layer", grad, *saved)
+            for gradient in (grad_input, grad_weight, grad_bias)
+        ]
+        return (*gradients, None, *([None] * (len(ctx.needs_input_grad) - 4)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> None:
+        refuse_forward_mode("linear layer")
+
+
+def _examples(shape: torch.Size) -> int:
+    """Return B: the first axis of an input with at least two."""
+    return shape[0] if len(shape) > 1 else 1
+
+
+def _as_matrices(
+    ctx: Any, plan: Plan, kept: tuple[Tensor, ...], grad: Tensor
+) -> tuple[AbstractStoredMatrix | None, Tensor]:
+    grad_NO = grad.reshape(-1, grad.shape[-1])
+    if not ctx.needs_input_grad[1]:
+        return None, grad_NO
+    inputs = ctx.input_shape[-1]
+    if plan.stored is None:
+        return DenseMatrix(kept[0].reshape(-1, inputs)), grad_NO
+    return plan.restore(kept, grad_NO.shape[0], inputs, grad.dtype), grad_NO
+
+
+def _products(
+    plan: Plan, stored: AbstractStoredMatrix | None, grad_NO: Tensor, weight_OI: Tensor | None, examples: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dX ``[N, I]`` and dW ``[O, I]``, each None where it is not needed."""
+    if plan.cotangent is None:
+        grad_input = grad_NO @ weight_OI if weight_OI is not None else None
+        if stored is None:
+            return grad_input, None
+        grad_weight = stored.contract(grad_NO)
+        return grad_input, grad_weight.add_(poison(grad_NO)) if stored.sketches_rows else grad_weight
+    drawn = plan.draw(Operands(Moment.COTANGENT, stored, grad_NO, weight_OI, examples))
+    grad_input = drawn.input_gradient(weight_OI) if weight_OI is not None else None
+    if stored is None:
+        return grad_input, None
+    grad_weight = drawn.weight_gradient(stored)
+    if stored.sketches_rows:
+        grad_weight.add_(poison(grad_NO))
+    elif isinstance(drawn, DrawnRows) and isinstance(stored, DenseMatrix):
+        grad_weight.add_(poison(stored.dense()))
+    return grad_input, grad_weight
+
+
+def sketched_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    """Return ``x @ weight.T + bias`` bit for bit as PyTorch does, with the backward pass of `plan`.
+
+    Args:
+        x: input, shape ``[..., I]``, floating point.
+        weight: shape ``[O, I]``.
+        bias: shape ``[O]``, or None.
+        plan: the strategies; a plan without strategies is exact.
+
+    Returns:
+        Shape ``[..., O]``.
+
+    Raises:
+        SecondDerivativeError: when a gradient through it is differentiated again.
+        ForwardModeError: in forward-mode differentiation.
+    """
+    x, weight, bias = cast_for_autocast(x, weight, bias)
+    kept: tuple[Tensor, ...] = ()
+    if plan.stored is not None and may_need_grad(weight):
+        kept = plan.keep(x.reshape(-1, x.shape[-1]), _examples(x.shape))
+    return _SketchedLinear.apply(x, weight, bias, plan, *kept)
+
+
+def cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return the tensors in the dtype autocast would use, so that low-precision copies are what is saved."""
+    device = next(tensor for tensor in tensors if tensor is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
+
+
+def may_need_grad(tensor: Tensor) -> bool:
+    """Tell whether a gradient may be asked for `tensor`; always true inside torch.func transforms."""
+    if tensor.requires_grad or torch.compiler.is_compiling():
+        return tensor.requires_grad
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

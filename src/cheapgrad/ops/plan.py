@@ -1,0 +1,66 @@
+"""What a layer does in its backward pass: the static half of a sketched operation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cheapgrad.sketch import AbstractStrategy, DenseMatrix, Moment, Operands
+from cheapgrad.sketch._strategy import AbstractDrawnCotangent
+from cheapgrad.sketch.operands import AbstractStoredMatrix
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Strategies of one layer, with the running estimates they keep.
+
+    Attributes:
+        stored: strategy for what is kept of X, or None to keep X.
+        cotangent: strategy for G, or None to use G.
+        stored_memory: running estimates of `stored`, or None.
+        cotangent_memory: running estimates of `cotangent`, or None.
+    """
+
+    stored: AbstractStrategy | None = None
+    cotangent: AbstractStrategy | None = None
+    stored_memory: Any = field(default=None, compare=False, repr=False)
+    cotangent_memory: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether both moments have a full budget."""
+        return all(strategy is None or strategy.is_exact for strategy in (self.stored, self.cotangent))
+
+    def keep(self, matrix_NI: Tensor, examples: int) -> tuple[Tensor, ...]:
+        """Return what is kept of X, as plain tensors; nothing where X is kept whole."""
+        if self.stored is None:
+            return ()
+        with torch.no_grad():
+            operands = Operands(Moment.STORED, DenseMatrix(matrix_NI.detach()), examples=examples)
+            return self.stored.store(operands, self.stored_memory)
+
+    def restore(self, kept: tuple[Tensor, ...], rows: int, inputs: int, dtype: torch.dtype) -> AbstractStoredMatrix:
+        """Return kept tensors as a stand-in for X."""
+        if self.stored is None:
+            raise RuntimeError("this plan keeps X itself; there is nothing to restore")
+        return self.stored.restore(kept, rows, inputs, dtype)
+
+    def draw(self, operands: Operands) -> AbstractDrawnCotangent:
+        """Return a drawn stand-in for the cotangent."""
+        if self.cotangent is None:
+            raise RuntimeError("this plan uses the cotangent itself; there is nothing to draw")
+        return self.cotangent.draw(operands, self.cotangent_memory)
+
+    def observe(self, cotangent_NO: Tensor, examples: int) -> None:
+        """Let running estimates take in a cotangent."""
+        if self.stored is not None:
+            self.stored.observe(cotangent_NO, examples, self.stored_memory)
+
+
+def poison(matrix: Tensor) -> Tensor:
+    """Return 0 if `matrix` is finite and NaN otherwise, as a 0-dim tensor: adding it never hides a NaN in dropped rows."""
+    low, high = torch.aminmax(matrix)
+    return low * 0 + high * 0

@@ -1,0 +1,111 @@
+"""The single door to randomness: every draw of cheapgrad goes through this file.
+
+Three facts of PyTorch shape it:
+
+* Inside a compiled region a plain draw that only the backward pass needs is drawn again in the backward graph, which
+  silently turns the gradient into noise around zero. There, draws go through a custom operator that takes a real
+  activation as an argument; it is tagged as seeded randomness so that equal-looking draws are not merged.
+* Only torch's default generator is restored by activation checkpointing and saved with checkpoints, so layers use no
+  other one. Function-style callers may pass ``generator=``.
+* Trainers seed all ranks alike. With equal seeds every rank would draw the same sketch and averaging over ranks would
+  not reduce its variance, so the rank is folded into the drawn bits (a bijection: the distribution stays uniform).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+_BITS = 32
+_MASK = (1 << _BITS) - 1
+
+
+def _salt() -> int | None:
+    """Return this process's rank, or None where there is one process only."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    return torch.distributed.get_rank() if torch.distributed.get_world_size() > 1 else None
+
+
+def _mix_bits(bits: Tensor, salt: int) -> Tensor:
+    """Map 32-bit integers (held in int64) one to one, differently for every salt.
+
+    A xor with an odd multiple of the salt, then three rounds of xor-shift and odd multiplication modulo 2**32, each of
+    which is invertible.
+    """
+    mixed = bits ^ ((salt * 0x9E3779B1) & _MASK)
+    for multiplier in (0x7FEB352D, 0x2C1B3C6D, 0x297A2D39):
+        mixed = mixed ^ (mixed >> 16)
+        mixed = (mixed * multiplier) & _MASK
+    return mixed ^ (mixed >> 15)
+
+
+def _draw_uniform(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    salt = _salt()
+    if salt is None:
+        return torch.rand(shape, dtype=dtype, device=device, generator=generator)
+    # All ranks take this path, rank 0 too, so that generators seeded alike stay in step. Two words per number would be needed for 53 bits; 32 bits keep every probability right to 2**-32. Single precision
+    # takes 24 of them, as torch.rand does, because rounding 32 bits could give 1.0.
+    bits = torch.randint(0, 1 << _BITS, shape, dtype=torch.int64, device=device, generator=generator)
+    mixed = _mix_bits(bits, salt)
+    if dtype == torch.float64:
+        return (mixed.to(dtype) + 0.5) / (1 << _BITS)
+    return (mixed >> 8).to(dtype) / (1 << 24)
+
+
+torch.library.define(
+    "cheapgrad::uniform",
+    "(Tensor like, SymInt[] shape, bool double) -> Tensor",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+
+
+@torch.library.impl("cheapgrad::uniform", "CompositeExplicitAutograd")
+def _uniform_operator(like: Tensor, shape: Sequence[int], double: bool) -> Tensor:
+    return _draw_uniform(shape, torch.float64 if double else torch.float32, like.device, None)
+
+
+@torch.library.register_fake("cheapgrad::uniform")
+def _uniform_fake(like: Tensor, shape: Sequence[int], double: bool) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float64 if double else torch.float32)
+
+
+def uniform(
+    like: Tensor, shape: Sequence[int], *, double: bool = True, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw independent numbers, uniform on [0, 1).
+
+    Args:
+        like: a real activation or cotangent; fixes the device, and anchors the draw inside compiled graphs.
+        shape: shape of the result.
+        double: float64 if true (probabilities), float32 otherwise (dithers).
+        generator: a generator for function-style use; layers leave it out.
+
+    Returns:
+        A tensor of `shape`; on rank r of a process group independent of the other ranks' even under equal seeds.
+    """
+    if torch.compiler.is_compiling() and generator is None:
+        return torch.ops.cheapgrad.uniform(like, list(shape), double)
+    return _draw_uniform(shape, torch.float64 if double else torch.float32, like.device, generator)
+
+
+def signs(like: Tensor, shape: Sequence[int], *, generator: torch.Generator | None = None) -> Tensor:
+    """Draw independent fair signs as a boolean tensor; true stands for -1."""
+    return uniform(like, shape, double=False, generator=generator) < 0.5
+
+
+def normal(like: Tensor, shape: Sequence[int], *, generator: torch.Generator | None = None) -> Tensor:
+    """Draw independent standard normal numbers (float32) by the Box-Muller transform of `uniform`."""
+    uniform_pair = uniform(like, (2, *shape), double=True, generator=generator)
+    radius = (-2 * torch.log1p(-uniform_pair[0])).sqrt()
+    return (radius * torch.cos(2 * torch.pi * uniform_pair[1])).float()
+
+
+def integers(like: Tensor, high: int, shape: Sequence[int], *, generator: torch.Generator | None = None) -> Tensor:
+    """Draw independent integers, uniform on {0, ..., high - 1}, as int64."""
+    return (uniform(like, shape, generator=generator) * high).long().clamp_(max=high - 1)

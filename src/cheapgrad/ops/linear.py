@@ -21,13 +21,16 @@ class _SketchedLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, *kept: Tensor) -> Tensor:
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, examples: int, *kept: Tensor
+    ) -> Tensor:
         return F.linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, plan, *kept = inputs
+        x, weight, _, plan, examples, *kept = inputs
         ctx.plan = plan
+        ctx.examples = examples
         ctx.input_shape = x.shape
         ctx.kept_count = 0
         saved = [weight] if ctx.needs_input_grad[0] else []
@@ -45,8 +48,8 @@ class _SketchedLinear(torch.autograd.Function):
         plan: Plan = ctx.plan
         with torch.no_grad():
             stored, grad_NO = _as_matrices(ctx, plan, kept, grad)
-            plan.observe(grad_NO, _examples(ctx.input_shape))
-            grad_input, grad_weight = _products(plan, stored, grad_NO, weight, _examples(ctx.input_shape))
+            plan.observe(grad_NO, ctx.examples)
+            grad_input, grad_weight = _products(plan, stored, grad_NO, weight, ctx.examples)
             grad_bias = grad_NO.sum(0) if ctx.needs_input_grad[2] else None
             if grad_input is not None:
                 grad_input = grad_input.view(ctx.input_shape)
@@ -54,16 +57,11 @@ class _SketchedLinear(torch.autograd.Function):
             differentiate_once(gradient, "linear layer", grad, *saved)
             for gradient in (grad_input, grad_weight, grad_bias)
         ]
-        return (*gradients, None, *([None] * (len(ctx.needs_input_grad) - 4)))
+        return (*gradients, *([None] * (len(ctx.needs_input_grad) - 3)))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> None:
         refuse_forward_mode("linear layer")
-
-
-def _examples(shape: torch.Size) -> int:
-    """Return B: the first axis of an input with at least two."""
-    return shape[0] if len(shape) > 1 else 1
 
 
 def _as_matrices(
@@ -100,7 +98,9 @@ def _products(
     return grad_input, grad_weight
 
 
-def sketched_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+def sketched_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, examples: int | None = None
+) -> Tensor:
     """Return ``x @ weight.T + bias`` bit for bit as PyTorch does, with the backward pass of `plan`.
 
     Args:
@@ -108,6 +108,7 @@ def sketched_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) 
         weight: shape ``[O, I]``.
         bias: shape ``[O]``, or None.
         plan: the strategies; a plan without strategies is exact.
+        examples: B, the number of equal blocks the rows form; by default the first axis of `x`.
 
     Returns:
         Shape ``[..., O]``.
@@ -117,10 +118,12 @@ def sketched_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) 
         ForwardModeError: in forward-mode differentiation.
     """
     x, weight, bias = cast_for_autocast(x, weight, bias)
+    if examples is None:
+        examples = x.shape[0] if x.dim() > 1 else 1
     kept: tuple[Tensor, ...] = ()
     if plan.stored is not None and may_need_grad(weight):
-        kept = plan.keep(x.reshape(-1, x.shape[-1]), _examples(x.shape))
-    return _SketchedLinear.apply(x, weight, bias, plan, *kept)
+        kept = plan.keep(x.reshape(-1, x.shape[-1]), examples)
+    return _SketchedLinear.apply(x, weight, bias, plan, examples, *kept)
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -1,0 +1,217 @@
+"""`approximate`: rules to modules of a live model, in place, all or nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from cheapgrad.convert.handle import Handle
+from cheapgrad.convert.layer_kinds import kind_of
+from cheapgrad.convert.layer_record import LayerRecord
+from cheapgrad.convert.rule import Rule
+from cheapgrad.convert.sketched_layer import Conversion, SketchedLayer, Switch, sketched_class
+from cheapgrad.convert.wrappers import unwrap
+from cheapgrad.errors import ConversionError, ModelTypeError, NoEffectWarning, NoMatchError, RuleError, nearest_match
+from cheapgrad.ops.plan import Plan
+from cheapgrad.sketch import AbstractStrategy, Moment
+
+# Below this many weights the draw costs more time than the smaller products save (`make bench` measures it).
+SMALL_WEIGHT = 128 * 128
+# Below this many input features what is stored of X is too little to bother.
+SMALL_INPUT = 32
+
+
+@dataclass
+class _Decision:
+    """What is to happen to one module, before anything happens."""
+
+    name: str
+    module: nn.Module
+    rule: Rule | None
+    stored: AbstractStrategy | None = None
+    cotangent: AbstractStrategy | None = None
+    remark: str = ""
+
+
+def approximate(model: nn.Module, *rules: Rule, skip_small: bool = True) -> Handle:
+    """Make the backward pass of a model cheaper, in place.
+
+    Matched layers get a class whose forward is the stock one, bit for bit, and whose backward multiplies unbiased random
+    sketches. Parameters, their names and the state_dict do not change. Gradients stay exact in ``eval()``, under
+    ``no_grad`` and inside ``handle.exact()``. Convert first, then wrap (DDP, FSDP) or compile.
+
+    Args:
+        model: any module; converted in place.
+        rules: at least one; for each module the last one that matches wins.
+        skip_small: leave layers alone whose draw would cost more than it saves, and list them.
+
+    Returns:
+        A `Handle`: ``print(handle)`` lists what happened to every layer; ``handle.revert()`` undoes it.
+
+    Raises:
+        ModelTypeError: if `model` is not a module.
+        RuleError: if there is no rule, or something else than a `Rule`.
+        NoMatchError: if a rule matches no layer that can be converted.
+        BudgetError: if a budget does not fit a layer (a rank larger than its matrix).
+        ConversionError: if a matched layer is converted already.
+        WrapperOrderError: if the model is compiled or sharded already.
+
+    >>> import torch, cheapgrad
+    >>> from cheapgrad.sketch import RowSample
+    >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+    >>> handle = cheapgrad.approximate(model, cheapgrad.Rule(cotangent=RowSample(keep=0.5)))
+    >>> [(row.name, row.status) for row in handle.rows]
+    [('0', 'converted'), ('2', 'skipped')]
+    >>> handle.revert()
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelTypeError(f"model must be a torch.nn.Module, but got {model!r} of type {type(model).__name__}")
+    _check_rules(rules)
+    target = unwrap(model)
+    decisions = [_decide(name, module, rules, skip_small) for name, module in _layers(target)]
+    _check_matches(rules, decisions)
+    tied = _tied_names(target)
+    switch = Switch()
+    records = []
+    for decision in decisions:
+        if decision.rule is None:
+            continue
+        records.append(_record(decision, tied))
+    for decision in decisions:
+        if decision.stored is not None or decision.cotangent is not None:
+            _swap(decision, switch)
+    if not any(record.status == "converted" for record in records):
+        reasons = "; ".join(f"{record.name or '(model)'}: {record.remark}" for record in records[:5])
+        warnings.warn(f"cheapgrad.approximate converted nothing: {reasons}", NoEffectWarning, stacklevel=2)
+    return Handle(target, tuple(records), switch)
+
+
+def _check_rules(rules: tuple[Rule, ...]) -> None:
+    if not rules:
+        raise RuleError("no rule was given; pass e.g. cheapgrad.Rule(cotangent=RowSample(keep=0.5))")
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise RuleError(f"rules must be cheapgrad.Rule objects, but got {rule!r} of type {type(rule).__name__}")
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module that has parameters of its own."""
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            yield name, module
+
+
+def _decide(name: str, module: nn.Module, rules: tuple[Rule, ...], skip_small: bool) -> _Decision:
+    rule = next((rule for rule in reversed(rules) if rule.matches(name, module)), None)
+    decision = _Decision(name, module, rule)
+    if rule is None:
+        return decision
+    if isinstance(module, SketchedLayer):
+        raise ConversionError(
+            f"layer {name!r} is converted already; call handle.revert() first, or use patterns that do not overlap"
+        )
+    kind = kind_of(type(module))
+    if kind is None:
+        decision.remark = _why_unsupported(module)
+        return decision
+    remarks = []
+    for moment, strategy in ((Moment.STORED, rule.stored), (Moment.COTANGENT, rule.cotangent)):
+        if strategy is None:
+            continue
+        strategy.check_layer(*kind.sizes(module), moment)
+        reason = _why_not(module, kind.sizes(module), strategy, moment, skip_small)
+        if reason:
+            remarks.append(reason)
+        else:
+            setattr(decision, moment.value, strategy)
+    decision.remark = "; ".join(dict.fromkeys(remarks))
+    return decision
+
+
+def _why_unsupported(module: nn.Module) -> str:
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return "unsupported: nn.MultiheadAttention reads this layer's weight without calling it"
+    stock = next((kind_of(base) for base in type(module).__mro__[1:] if issubclass(base, nn.Module) and kind_of(base)), None)
+    if stock is not None:
+        return f"unsupported: {type(module).__name__} overrides the forward of {stock.name}"
+    return f"unsupported: no sketched operation for {type(module).__name__}"
+
+
+def _why_not(
+    module: nn.Module, sizes: tuple[int, int], strategy: AbstractStrategy, moment: Moment, skip_small: bool
+) -> str:
+    """Return why a strategy is left out for a layer, or an empty string."""
+    inputs, outputs = sizes
+    weight = module.get_parameter("weight")
+    if strategy.is_exact:
+        return f"{moment.value}: full budget, stock code runs"
+    if moment is Moment.STORED and not weight.requires_grad:
+        return "frozen: PyTorch keeps no input of a frozen layer"
+    if not skip_small:
+        return ""
+    if moment is Moment.COTANGENT and weight.numel() < SMALL_WEIGHT:
+        return f"too small to pay: {weight.numel()} weights, under {SMALL_WEIGHT} (skip_small=False converts it)"
+    if moment is Moment.STORED and inputs < SMALL_INPUT:
+        return f"too small to pay: {inputs} input features, under {SMALL_INPUT} (skip_small=False converts it)"
+    return ""
+
+
+def _check_matches(rules: tuple[Rule, ...], decisions: list[_Decision]) -> None:
+    for rule in rules:
+        matched = [decision for decision in decisions if rule.matches(decision.name, decision.module)]
+        if any(kind_of(type(decision.module)) is not None for decision in matched):
+            continue
+        if matched:
+            kinds = ", ".join(sorted({type(decision.module).__name__ for decision in matched}))
+            raise NoMatchError(f"the rule for {rule.pattern!r} matches only layers that cannot be converted: {kinds}")
+        names = [decision.name for decision in decisions if kind_of(type(decision.module)) is not None]
+        hint = nearest_match(rule.pattern, names) if isinstance(rule.pattern, str) else ""
+        known = ", ".join(repr(name) for name in names[:8]) + (", ..." if len(names) > 8 else "")
+        raise NoMatchError(
+            f"the rule for {rule.pattern!r} matches no layer{hint} (convertible layers: {known or 'none in this model'})"
+        )
+
+
+def _tied_names(model: nn.Module) -> dict[int, list[str]]:
+    """Return, for weights used by several modules, the names of those modules."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    return {key: names for key, names in users.items() if len(names) > 1}
+
+
+def _record(decision: _Decision, tied: dict[int, list[str]]) -> LayerRecord:
+    converted = decision.stored is not None or decision.cotangent is not None
+    remark = decision.remark
+    weight = getattr(decision.module, "weight", None)
+    others = [name for name in tied.get(id(weight), []) if name != decision.name]
+    if others:
+        note = f"tied with {', '.join(others)}: independent draws, the sum stays unbiased"
+        remark = f"{remark}; {note}" if remark else note
+    return LayerRecord(
+        name=decision.name,
+        kind=type(decision.module).__name__,
+        status="converted" if converted else "skipped",
+        remark=remark,
+        stored=repr(decision.stored) if decision.stored else None,
+        cotangent=repr(decision.cotangent) if decision.cotangent else None,
+    )
+
+
+def _swap(decision: _Decision, switch: Switch) -> None:
+    module, rule = decision.module, decision.rule
+    if rule is None:
+        raise ConversionError(f"layer {decision.name!r} has no rule")
+    plan = Plan(
+        decision.stored,
+        decision.cotangent,
+        decision.stored.new_memory() if decision.stored else None,
+        decision.cotangent.new_memory() if decision.cotangent else None,
+    )
+    original = type(module)
+    module.__dict__["_cheapgrad"] = Conversion(original, rule, plan, switch)
+    module.__class__ = sketched_class(original)

@@ -1,0 +1,166 @@
+"""The handle of a converted model: what was done, exact mode, predictions, and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cheapgrad.convert.layer_record import LayerRecord
+from cheapgrad.convert.predictions import predict_sizes, predict_variances
+from cheapgrad.convert.sketched_layer import Probe, SketchedLayer, Switch
+from cheapgrad.convert.summary import render_summary
+from cheapgrad.errors import ConversionError, ModelTypeError, ShapeError
+
+
+class Handle:
+    """What `approximate` returns.
+
+    Args:
+        model: the converted model.
+        records: one record per matched layer.
+        switch: the switch its converted layers share.
+    """
+
+    def __init__(self, model: nn.Module, records: tuple[LayerRecord, ...], switch: Switch) -> None:
+        self.model = model
+        self._records = records
+        self._switch = switch
+        self._reverted = False
+
+    @property
+    def rows(self) -> tuple[LayerRecord, ...]:
+        """One record per matched layer, with the predictions for the sizes last seen."""
+        layers = dict(self._converted())
+        self._records = tuple(
+            dataclasses.replace(record, **predict_sizes(layers[record.name]))
+            if record.status == "converted" and record.name in layers
+            else record
+            for record in self._records
+        )
+        return self._records
+
+    @contextlib.contextmanager
+    def exact(self) -> Iterator[None]:
+        """Run the stock code of every layer inside the context: exact gradients, second derivatives allowed."""
+        self._check_live()
+        self._switch.exact_depth += 1
+        try:
+            yield
+        finally:
+            self._switch.exact_depth -= 1
+
+    def revert(self) -> None:
+        """Give every layer its original class back; the model is as it was before `approximate`.
+
+        Raises:
+            ConversionError: if it was reverted already.
+        """
+        self._check_live()
+        for _, module in self._converted():
+            conversion = module._cheapgrad
+            module.__class__ = conversion.original_class
+            del module.__dict__["_cheapgrad"]
+        self._reverted = True
+
+    def predict(self, closure: Callable[[], Tensor]) -> tuple[LayerRecord, ...]:
+        """Evaluate every layer's law on the tensors of one exact forward and backward pass.
+
+        Args:
+            closure: runs the model on a batch and returns a scalar loss. It must not call ``backward``; the gradients
+                held by the parameters are not touched, nor is torch's random state.
+
+        Returns:
+            The records, with variances filled in: modelled, each layer on its own, without the noise that reaches it
+            from the layers above.
+
+        Raises:
+            ShapeError: if the closure does not return a scalar that requires grad.
+        """
+        self._check_live()
+        layers = dict(self._converted())
+        for module in layers.values():
+            module._cheapgrad.probe = Probe()
+        try:
+            with torch.random.fork_rng(), torch.enable_grad():
+                gradients = self._gradients(closure)
+            predictions = {name: predict_variances(module, gradients) for name, module in layers.items()}
+        finally:
+            for module in layers.values():
+                module._cheapgrad.probe = None
+        self._records = tuple(
+            dataclasses.replace(record, **predictions.get(record.name, {})) for record in self._records
+        )
+        return self.rows
+
+    def _gradients(self, closure: Callable[[], Tensor]) -> dict[int, Tensor]:
+        loss = closure()
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ShapeError(
+                f"the closure must return a scalar loss that requires grad, but returned {_describe(loss)}; "
+                "return e.g. loss_function(model(x), y) without calling backward"
+            )
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+        return {
+            id(parameter): gradient
+            for parameter, gradient in zip(parameters, gradients, strict=True)
+            if gradient is not None
+        }
+
+    def summary(self) -> str:
+        """Return the table of converted and skipped layers with predicted bytes, FLOPs and relative variance."""
+        return render_summary(self.rows, reverted=self._reverted)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        converted = sum(record.status == "converted" for record in self._records)
+        return f"<cheapgrad.Handle of {type(self.model).__name__}: {converted} of {len(self._records)} layers converted>"
+
+    def _converted(self) -> Iterator[tuple[str, SketchedLayer]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, SketchedLayer) and module._cheapgrad.switch is self._switch:
+                yield name, module
+
+    def _check_live(self) -> None:
+        if self._reverted:
+            raise ConversionError("this handle was reverted already; call cheapgrad.approximate again")
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def get_handle(model: nn.Module) -> Handle:
+    """Return a handle for a model that is converted already, such as a deep copy or one loaded from a pickle.
+
+    Raises:
+        ModelTypeError: if `model` is not a module.
+        ConversionError: if it has no converted layer, or layers of several conversions.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelTypeError(f"model must be a torch.nn.Module, but got {model!r} of type {type(model).__name__}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SketchedLayer)}
+    switches = {id(module._cheapgrad.switch): module._cheapgrad.switch for module in layers.values()}
+    if len(switches) != 1:
+        raise ConversionError(
+            f"the model has layers of {len(switches)} conversions, so there is no one handle; "
+            "keep the handles that cheapgrad.approximate returned"
+        )
+    records = tuple(
+        LayerRecord(
+            name=name,
+            kind=module._cheapgrad.original_class.__name__,
+            status="converted",
+            stored=repr(module._cheapgrad.plan.stored) if module._cheapgrad.plan.stored else None,
+            cotangent=repr(module._cheapgrad.plan.cotangent) if module._cheapgrad.plan.cotangent else None,
+        )
+        for name, module in layers.items()
+    )
+    return Handle(model, records, next(iter(switches.values())))

@@ -1,0 +1,111 @@
+"""The class swap: a live module gets a class whose backward pass is sketched, and nothing else changes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cheapgrad.convert.layer_kinds import LayerKind, kind_of
+from cheapgrad.convert.rule import Rule
+from cheapgrad.ops.plan import Plan
+from cheapgrad.sketch import LayerShape
+
+
+class Switch:
+    """Shared by all layers of a handle: how many `exact` contexts are open."""
+
+    def __init__(self) -> None:
+        self.exact_depth = 0
+
+
+class Probe:
+    """Records, per use of a layer in one exact pass: input, cotangent, and whether the input needs a gradient."""
+
+    def __init__(self) -> None:
+        self.uses: list[tuple[Tensor, Tensor, bool]] = []
+
+
+@dataclass
+class Conversion:
+    """What a converted module carries beside its parameters.
+
+    Attributes:
+        original_class: the class to go back to.
+        rule: the rule that converted it.
+        plan: strategies and their running estimates.
+        switch: shared on/off switch.
+        shape: sizes seen in the last eager training forward, or None.
+        probe: set while a prediction is being made.
+    """
+
+    original_class: type[nn.Module]
+    rule: Rule
+    plan: Plan
+    switch: Switch
+    shape: LayerShape | None = None
+    probe: Probe | None = field(default=None, compare=False)
+
+    @property
+    def kind(self) -> LayerKind:
+        """The kind of the original class."""
+        kind = kind_of(self.original_class)
+        if kind is None:
+            raise RuntimeError(f"{self.original_class.__name__} is no convertible class")
+        return kind
+
+
+class SketchedLayer(nn.Module):
+    """Mixed into the class of a converted module; runs stock code wherever exact gradients are asked or needed."""
+
+    _cheapgrad: Conversion
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the stock forward, with a sketched backward while training."""
+        conversion = self._cheapgrad
+        if conversion.probe is not None:
+            return _run_probed(self, conversion, *args, **kwargs)
+        x = args[0] if args else kwargs["input"]
+        if conversion.switch.exact_depth or not self.training or not torch.is_grad_enabled() or x.numel() == 0:
+            return conversion.original_class.forward(self, *args, **kwargs)
+        output = conversion.kind.run(self, conversion.plan, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            conversion.shape = conversion.kind.shape(self, x, output)
+        return output
+
+    def extra_repr(self) -> str:
+        """Say what is sketched, after what the stock module says."""
+        plan = self._cheapgrad.plan
+        parts = [conversion_text for conversion_text in [self._cheapgrad.original_class.extra_repr(self)] if conversion_text]
+        parts += [f"{name}={value!r}" for name, value in (("stored", plan.stored), ("cotangent", plan.cotangent)) if value]
+        return ", ".join(parts)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and copy by the original class, since sketched classes are made on demand."""
+        return _empty_sketched, (self._cheapgrad.original_class,), self.__dict__
+
+
+def _run_probed(module: SketchedLayer, conversion: Conversion, *args: Any, **kwargs: Any) -> Tensor:
+    probe = conversion.probe
+    x = args[0] if args else kwargs["input"]
+    output = conversion.original_class.forward(module, *args, **kwargs)
+    if output.requires_grad and probe is not None:
+        conversion.shape = conversion.kind.shape(module, x, output)
+        held, wants_input = x.detach().clone(), x.requires_grad
+        output.register_hook(lambda grad: probe.uses.append((held, grad.detach().clone(), wants_input)))
+    return output
+
+
+@functools.cache
+def sketched_class(original_class: type[nn.Module]) -> type[nn.Module]:
+    """Return the sketched class of a stock class; the same object for the same class."""
+    name = f"Sketched{original_class.__name__}"
+    return type(name, (SketchedLayer, original_class), {"__doc__": f"`{original_class.__name__}` with a sketched backward pass."})
+
+
+def _empty_sketched(original_class: type[nn.Module]) -> nn.Module:
+    cls = sketched_class(original_class)
+    return cls.__new__(cls)

@@ -1,0 +1,95 @@
+"""The table that ``print(handle)`` shows."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from cheapgrad.convert.layer_record import LayerRecord
+
+
+def format_bytes(count: float | None) -> str:
+    """Return bytes in the unit people read, a dash if unknown.
+
+    >>> format_bytes(3 * 2**20)
+    '3.00 MiB'
+    """
+    if count is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return "-"
+
+
+def format_flops(count: float | None) -> str:
+    """Return FLOPs in the unit people read, a dash if unknown.
+
+    >>> format_flops(2.5e9)
+    '2.50 GFLOP'
+    """
+    if count is None:
+        return "-"
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if count < 1000 or unit == "P":
+            return f"{count:.2f} {unit}FLOP"
+        count /= 1000
+    return "-"
+
+
+def _change(before: float | None, after: float | None, formatter: object) -> str:
+    if before is None or after is None or not callable(formatter):
+        return "-"
+    return f"{formatter(before)} → {formatter(after)}"
+
+
+def render_summary(rows: Sequence[LayerRecord], *, reverted: bool = False) -> str:
+    """Return a table of the rows with a line of totals, as plain text."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="")
+    for header in ("layer", "kind", "status", "saved", "backward", "rel. var. dW"):
+        table.add_column(header, justify="right" if header == "rel. var. dW" else "left", no_wrap=header != "status")
+    for row in rows:
+        table.add_row(
+            row.name or "(model)",
+            row.kind,
+            _status(row),
+            _change(row.exact_saved_bytes, row.saved_bytes, format_bytes),
+            _change(row.exact_backward_flops, row.backward_flops, format_flops),
+            "-" if row.relative_variance is None else f"{row.relative_variance:.3g}",
+        )
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=150, color_system=None, highlight=False, markup=False)
+    console.print(table)
+    return "\n".join([*_headline(rows, reverted), buffer.getvalue().rstrip(), *_footnotes(rows)])
+
+
+def _status(row: LayerRecord) -> str:
+    strategies = [f"{name}={value}" for name, value in (("stored", row.stored), ("cotangent", row.cotangent)) if value]
+    return "; ".join([row.status, *strategies, *([row.remark] if row.remark else [])])
+
+
+def _headline(rows: Sequence[LayerRecord], reverted: bool) -> list[str]:
+    converted = [row for row in rows if row.status == "converted"]
+    lines = [f"cheapgrad: {len(converted)} of {len(rows)} matched layers converted" + (" (reverted)" if reverted else "")]
+    if converted and all(row.saved_bytes is not None for row in converted):
+        saved = [sum(getattr(row, key) or 0 for row in converted) for key in ("exact_saved_bytes", "saved_bytes")]
+        flops = [sum(getattr(row, key) or 0 for row in converted) for key in ("exact_backward_flops", "backward_flops")]
+        lines.append(
+            f"inputs kept by these layers {_change(saved[0], saved[1], format_bytes)}, "
+            f"their backward products {_change(flops[0], flops[1], format_flops)} (modelled)"
+        )
+    return lines
+
+
+def _footnotes(rows: Sequence[LayerRecord]) -> list[str]:
+    notes = []
+    if any(row.status == "converted" and row.saved_bytes is None for row in rows):
+        notes.append("bytes and FLOPs appear after the first training batch")
+    if any(row.status == "converted" and row.weight_variance is None for row in rows):
+        notes.append("relative variances appear after handle.predict(closure)")
+    notes.append("a neighbour (activation, norm) may keep the same input: bytes saved on the network can be fewer")
+    return notes

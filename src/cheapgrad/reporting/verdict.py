@@ -1,0 +1,105 @@
+"""What the comparison says, in six plain sentences."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+from cheapgrad.reporting.records import DemoRecord, MethodRecord, ModelRecord
+
+# Accuracies closer than this are called the same: a percent of the test set is three or four pictures.
+_SAME_ACCURACY = 0.01
+
+
+def write_verdict(record: DemoRecord) -> list[str]:
+    """Return six sentences for somebody who has not read the table.
+
+    Args:
+        record: what the demo found.
+
+    Returns:
+        One line each on bias, prediction, time, bytes, the comparison with another batch size, and what not to
+        conclude.
+    """
+    return [
+        _on_bias(record),
+        _on_prediction(record),
+        "Time: " + _for_each_model(record, _on_time),
+        "Memory: " + _for_each_model(record, _on_bytes),
+        "Against a batch of equal step time: " + _for_each_model(record, _on_batches),
+        "These networks are tiny: drawing costs a fixed time per layer, so the strategies gain more where layers are "
+        "large. Measure your own.",
+    ]
+
+
+def _strategies(model: ModelRecord) -> list[MethodRecord]:
+    return [method for method in model.methods if method.kind == "strategy"]
+
+
+def _for_each_model(record: DemoRecord, write: Callable[[ModelRecord], str]) -> str:
+    return "; ".join(f"{model.name}: {write(model)}" for model in record.models) + "."
+
+
+def _on_bias(record: DemoRecord) -> str:
+    methods = [method for model in record.models for method in model.methods if method.kind != "exact"]
+    biased = [f"{method.label} (z = {method.max_abs_z:.1f})" for method in methods if not method.unbiased]
+    if biased:
+        return f"Bias: FOUND in {', '.join(biased)}; these gradients are wrong on average."
+    if not methods:
+        return "Bias: nothing but the exact method was run."
+    closest = max(methods, key=lambda method: method.max_abs_z / method.band)
+    blindest = max(method.detectable_relative_bias for method in methods)
+    return (
+        f"Bias: none found in {len(methods)} methods; the largest z is {closest.max_abs_z:.1f} where chance explains "
+        f"{closest.band:.1f}, and a gradient {100 * blindest:.0f} % too long or too short would have been seen in each."
+    )
+
+
+def _on_prediction(record: DemoRecord) -> str:
+    ratios = [
+        method.measured_relative_variance / method.predicted_relative_variance
+        for model in record.models
+        for method in _strategies(model)
+        if method.predicted_relative_variance
+    ]
+    if not ratios:
+        return "Prediction: no strategy predicted a variance."
+    return (
+        f"Prediction: measured variance is {min(ratios):.2f} to {max(ratios):.2f} times the predicted one (median "
+        f"{statistics.median(ratios):.2f}); above 1 where noise travels down through sketched layers."
+    )
+
+
+def _on_time(model: ModelRecord) -> str:
+    equal = [method for method in _strategies(model) if _is_as_accurate(method, model)]
+    faster = [method for method in equal if method.step_time_fraction < 1]
+    if not faster:
+        return "no strategy is faster than the exact step at the same accuracy"
+    best = min(faster, key=lambda method: method.step_time_fraction)
+    return f"{best.label} needs {best.step_time_fraction:.2f} of the exact step, {_accuracies(best, model)}"
+
+
+def _on_bytes(model: ModelRecord) -> str:
+    equal = [method for method in _strategies(model) if _is_as_accurate(method, model)]
+    smaller = [method for method in equal if method.held_bytes_fraction < 1]
+    if not smaller:
+        return "no strategy holds fewer bytes than the exact step at the same accuracy"
+    best = min(smaller, key=lambda method: method.held_bytes_fraction)
+    return f"{best.label} holds {best.held_bytes_fraction:.2f} of the exact bytes, {_accuracies(best, model)}"
+
+
+def _on_batches(model: ModelRecord) -> str:
+    strategies = _strategies(model)
+    if not strategies:
+        return "nothing to compare"
+    best = min(strategies, key=lambda method: method.cost_times_noise)
+    word = "beats it" if best.cost_times_noise < 1 else "does not beat it"
+    return f"c(1+ω) is {best.cost_times_noise:.2f} at best ({best.label}), so where noise dominates it {word}"
+
+
+def _is_as_accurate(method: MethodRecord, model: ModelRecord) -> bool:
+    return method.accuracy_mean >= model.exact.accuracy_mean - _SAME_ACCURACY
+
+
+def _accuracies(method: MethodRecord, model: ModelRecord) -> str:
+    return f"{100 * method.accuracy_mean:.1f} % right (exact {100 * model.exact.accuracy_mean:.1f} %)"

@@ -1,0 +1,43 @@
+"""The six sentences."""
+
+from __future__ import annotations
+
+import math
+
+from cheapgrad.reporting import write_verdict
+from tests.reporting.records import make_bits, make_method, make_record, make_rows
+
+
+def test_six_sentences():
+    bias, prediction, time, memory, batches, caution = write_verdict(make_record())
+    assert "none found in 2 methods; the largest z is 4.5 where chance explains 7.0" in bias
+    assert "5 % too long" in bias
+    assert "1.00 to 1.20 times the predicted one (median 1.10)" in prediction
+    assert time == "Time: DigitsViT: cotangent rows 0.5 needs 0.75 of the exact step, 97.5 % right (exact 98.0 %)."
+    assert memory == "Memory: DigitsViT: stored 4 bits holds 0.67 of the exact bytes, 98.0 % right (exact 98.0 %)."
+    assert "c(1+ω) is 0.90 at best (cotangent rows 0.5), so where noise dominates it beats it" in batches
+    assert "tiny" in caution
+
+
+def test_bias_is_named():
+    bias = write_verdict(make_record(make_method(), make_rows(unbiased=False, max_abs_z=math.inf)))[0]
+    assert bias.startswith("Bias: FOUND in cotangent rows 0.5 (z = inf)")
+
+
+def test_gains_bought_with_accuracy_do_not_count():
+    losing = make_record(make_method(), make_rows(accuracies=(0.9, 0.9, 0.9)), make_bits(accuracies=(0.9, 0.9, 0.9)))
+    _, _, time, memory, _, _ = write_verdict(losing)
+    assert "no strategy is faster" in time
+    assert "no strategy holds fewer bytes" in memory
+
+
+def test_losing_to_another_batch_is_said():
+    batches = write_verdict(make_record(make_method(), make_rows(noise_fraction=3.0)))[4]
+    assert "c(1+ω) is 3.00 at best" in batches
+    assert "does not beat it" in batches
+
+
+def test_exact_alone():
+    verdict = write_verdict(make_record(make_method()))
+    assert len(verdict) == 6
+    assert "nothing but the exact method" in verdict[0]

@@ -39,8 +39,8 @@ class _Decision:
 def approximate(model: nn.Module, *rules: Rule, skip_small: bool = True) -> Handle:
     """Make the backward pass of a model cheaper, in place.
 
-    Matched layers get a class whose forward is the stock one, bit for bit, and whose backward multiplies unbiased random
-    sketches. Parameters, their names and the state_dict do not change. Gradients stay exact in ``eval()``, under
+    Matched layers get a class whose forward is the stock one, bit for bit, and whose backward multiplies unbiased
+    random sketches. Parameters, their names and the state_dict do not change. Gradients stay exact in ``eval()``, under
     ``no_grad`` and inside ``handle.exact()``. Convert first, then wrap (DDP, FSDP) or compile.
 
     Args:
@@ -134,7 +134,9 @@ def _decide(name: str, module: nn.Module, rules: tuple[Rule, ...], skip_small: b
 def _why_unsupported(module: nn.Module) -> str:
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "unsupported: nn.MultiheadAttention reads this layer's weight without calling it"
-    stock = next((kind_of(base) for base in type(module).__mro__[1:] if issubclass(base, nn.Module) and kind_of(base)), None)
+    stock = next(
+        (kind_of(base) for base in type(module).__mro__[1:] if issubclass(base, nn.Module) and kind_of(base)), None
+    )
     if stock is not None:
         return f"unsupported: {type(module).__name__} overrides the forward of {stock.name}"
     return f"unsupported: no sketched operation for {type(module).__name__}"
@@ -144,7 +146,7 @@ def _why_not(
     module: nn.Module, sizes: tuple[int, int], strategy: AbstractStrategy, moment: Moment, skip_small: bool
 ) -> str:
     """Return why a strategy is left out for a layer, or an empty string."""
-    inputs, outputs = sizes
+    inputs = sizes[0]
     weight = module.get_parameter("weight")
     if strategy.is_exact:
         return f"{moment.value}: full budget, stock code runs"
@@ -170,9 +172,8 @@ def _check_matches(rules: tuple[Rule, ...], decisions: list[_Decision]) -> None:
         names = [decision.name for decision in decisions if kind_of(type(decision.module)) is not None]
         hint = nearest_match(rule.pattern, names) if isinstance(rule.pattern, str) else ""
         known = ", ".join(repr(name) for name in names[:8]) + (", ..." if len(names) > 8 else "")
-        raise NoMatchError(
-            f"the rule for {rule.pattern!r} matches no layer{hint} (convertible layers: {known or 'none in this model'})"
-        )
+        known = known or "none in this model"
+        raise NoMatchError(f"the rule for {rule.pattern!r} matches no layer{hint} (convertible layers: {known})")
 
 
 def _tied_names(model: nn.Module) -> dict[int, list[str]]:

@@ -63,7 +63,7 @@ class Handle:
         self._check_live()
         for _, module in self._converted():
             conversion = module._cheapgrad
-            module.__class__ = conversion.original_class
+            object.__setattr__(module, "__class__", conversion.original_class)
             del module.__dict__["_cheapgrad"]
         self._reverted = True
 
@@ -121,7 +121,9 @@ class Handle:
 
     def __repr__(self) -> str:
         converted = sum(record.status == "converted" for record in self._records)
-        return f"<cheapgrad.Handle of {type(self.model).__name__}: {converted} of {len(self._records)} layers converted>"
+        return (
+            f"<cheapgrad.Handle of {type(self.model).__name__}: {converted} of {len(self._records)} layers converted>"
+        )
 
     def _converted(self) -> Iterator[tuple[str, SketchedLayer]]:
         for name, module in self.model.named_modules():

@@ -19,7 +19,8 @@ class Rule:
     """Strategies for the modules that a pattern matches; later rules win over earlier ones.
 
     Args:
-        pattern: a glob on module names (``"*"`` crosses dots), a module type, or a predicate ``(name, module) -> bool``.
+        pattern: a glob on module names (``"*"`` crosses dots), a module type, or a predicate
+            ``(name, module) -> bool``.
         stored: what is kept of the input at forward time; None keeps it whole. The strategy for memory.
         cotangent: what is used of the cotangent at backward time; None uses all of it. The strategy for time.
 
@@ -51,7 +52,8 @@ class Rule:
     def _validate(self) -> None:
         if not isinstance(self.pattern, str) and not callable(self.pattern):
             raise RuleError(
-                f"pattern must be a glob on module names, a module type or a predicate(name, module), but got {self.pattern!r}"
+                f"pattern must be a glob on module names, a module type or a predicate(name, module), "
+                f"but got {self.pattern!r}"
             )
         if isinstance(self.pattern, type) and not issubclass(self.pattern, nn.Module):
             raise RuleError(f"pattern {self.pattern.__name__!r} is a type, but not a torch.nn.Module type")

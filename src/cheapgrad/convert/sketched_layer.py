@@ -79,8 +79,12 @@ class SketchedLayer(nn.Module):
     def extra_repr(self) -> str:
         """Say what is sketched, after what the stock module says."""
         plan = self._cheapgrad.plan
-        parts = [conversion_text for conversion_text in [self._cheapgrad.original_class.extra_repr(self)] if conversion_text]
-        parts += [f"{name}={value!r}" for name, value in (("stored", plan.stored), ("cotangent", plan.cotangent)) if value]
+        parts = [
+            conversion_text for conversion_text in [self._cheapgrad.original_class.extra_repr(self)] if conversion_text
+        ]
+        parts += [
+            f"{name}={value!r}" for name, value in (("stored", plan.stored), ("cotangent", plan.cotangent)) if value
+        ]
         return ", ".join(parts)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -103,7 +107,11 @@ def _run_probed(module: SketchedLayer, conversion: Conversion, *args: Any, **kwa
 def sketched_class(original_class: type[nn.Module]) -> type[nn.Module]:
     """Return the sketched class of a stock class; the same object for the same class."""
     name = f"Sketched{original_class.__name__}"
-    return type(name, (SketchedLayer, original_class), {"__doc__": f"`{original_class.__name__}` with a sketched backward pass."})
+    return type(
+        name,
+        (SketchedLayer, original_class),
+        {"__doc__": f"`{original_class.__name__}` with a sketched backward pass."},
+    )
 
 
 def _empty_sketched(original_class: type[nn.Module]) -> nn.Module:

@@ -74,7 +74,9 @@ def _status(row: LayerRecord) -> str:
 
 def _headline(rows: Sequence[LayerRecord], reverted: bool) -> list[str]:
     converted = [row for row in rows if row.status == "converted"]
-    lines = [f"cheapgrad: {len(converted)} of {len(rows)} matched layers converted" + (" (reverted)" if reverted else "")]
+    lines = [
+        f"cheapgrad: {len(converted)} of {len(rows)} matched layers converted" + (" (reverted)" if reverted else "")
+    ]
     if converted and all(row.saved_bytes is not None for row in converted):
         saved = [sum(getattr(row, key) or 0 for row in converted) for key in ("exact_saved_bytes", "saved_bytes")]
         flops = [sum(getattr(row, key) or 0 for row in converted) for key in ("exact_backward_flops", "backward_flops")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cheapgrad.ops._guards import differentiate_once, refuse_forward_mode
@@ -13,6 +12,7 @@ from cheapgrad.ops.plan import Plan, poison
 from cheapgrad.sketch import DenseMatrix, Moment, Operands
 from cheapgrad.sketch.drawn import DrawnRows
 from cheapgrad.sketch.operands import AbstractStoredMatrix
+from cheapgrad.sketch.transforms import is_transformed
 
 
 class _SketchedLinear(torch.autograd.Function):
@@ -21,10 +21,8 @@ class _SketchedLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, examples: int, *kept: Tensor
-    ) -> Tensor:
-        return F.linear(x, weight, bias)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, examples: int, *kept: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -58,6 +56,10 @@ class _SketchedLinear(torch.autograd.Function):
             for gradient in (grad_input, grad_weight, grad_bias)
         ]
         return (*gradients, *([None] * (len(ctx.needs_input_grad) - 3)))
+
+
+class _EagerSketchedLinear(_SketchedLinear):
+    """The same, refusing forward mode by name; compiled graphs take no Function that defines a jvp."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> None:
@@ -98,9 +100,7 @@ def _products(
     return grad_input, grad_weight
 
 
-def sketched_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, examples: int | None = None
-) -> Tensor:
+def sketched_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, examples: int | None = None) -> Tensor:
     """Return ``x @ weight.T + bias`` bit for bit as PyTorch does, with the backward pass of `plan`.
 
     Args:
@@ -123,7 +123,8 @@ def sketched_linear(
     kept: tuple[Tensor, ...] = ()
     if plan.stored is not None and may_need_grad(weight):
         kept = plan.keep(x.reshape(-1, x.shape[-1]), examples)
-    return _SketchedLinear.apply(x, weight, bias, plan, examples, *kept)
+    function = _SketchedLinear if torch.compiler.is_compiling() else _EagerSketchedLinear
+    return function.apply(x, weight, bias, plan, examples, *kept)
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -133,7 +134,9 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
-        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        tensor.to(dtype)
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
         for tensor in tensors
     )
 
@@ -142,4 +145,4 @@ def may_need_grad(tensor: Tensor) -> bool:
     """Tell whether a gradient may be asked for `tensor`; always true inside torch.func transforms."""
     if tensor.requires_grad or torch.compiler.is_compiling():
         return tensor.requires_grad
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return is_transformed(tensor)

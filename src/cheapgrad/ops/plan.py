@@ -61,6 +61,6 @@ class Plan:
 
 
 def poison(matrix: Tensor) -> Tensor:
-    """Return 0 if `matrix` is finite and NaN otherwise, as a 0-dim tensor: adding it never hides a NaN in dropped rows."""
+    """Return 0 if `matrix` is finite and NaN otherwise (0-dim): added to dW, it keeps a NaN in dropped rows visible."""
     low, high = torch.aminmax(matrix)
     return low * 0 + high * 0

@@ -45,6 +45,7 @@ from cheapgrad.sketch.scores import (
 )
 from cheapgrad.sketch.selection import Selection
 from cheapgrad.sketch.stochastic_rounding import StochasticRounding
+from cheapgrad.sketch.value import from_dict
 from cheapgrad.sketch.water_filling import minimum_variance, water_filling
 
 __all__ = [
@@ -87,6 +88,7 @@ __all__ = [
     "Variance",
     "WinnerTakeAll",
     "WithReplacement",
+    "from_dict",
     "minimum_variance",
     "water_filling",
 ]

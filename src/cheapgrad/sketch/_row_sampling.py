@@ -22,7 +22,7 @@ from cheapgrad.sketch.selection import Selection
 _INDEX_BYTES = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AbstractRowSampling(AbstractSampling):
     """Keep a share of the blocks of consecutive rows, weighted to stand for all."""
 

@@ -17,7 +17,7 @@ from cheapgrad.sketch.running_norms import RunningRowNorms
 from cheapgrad.sketch.scores import AbstractScore, CotangentNorm, PredictedNorm, StoredNorm, covered_scores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AbstractSampling(AbstractStrategy):
     """A strategy that keeps a share of the atoms along one axis.
 
@@ -42,7 +42,8 @@ class AbstractSampling(AbstractStrategy):
             )
         if not isinstance(self.design, AbstractDesign):
             raise PlacementError(
-                f"design must be a sampling design such as Systematic(), but got {self.design!r}; see cheapgrad.sketch.designs"
+                f"design must be a sampling design such as Systematic(), but got {self.design!r}; "
+                "see cheapgrad.sketch.designs"
             )
         if self.scores is not None and self.axis not in self.scores.axes:
             axis = "rows" if self.axis == 0 else "columns"

@@ -13,6 +13,7 @@ from cheapgrad.errors import PlacementError, ShapeError
 from cheapgrad.sketch.law import Law, LayerTensors
 from cheapgrad.sketch.moment import Moment
 from cheapgrad.sketch.operands import AbstractStoredMatrix, DenseMatrix, Operands
+from cheapgrad.sketch.value import Value
 
 
 class AbstractDrawnCotangent(abc.ABC):
@@ -31,8 +32,8 @@ class AbstractDrawnCotangent(abc.ABC):
         """Return ``stand-in.T @ X``, shape ``[O, I]``."""
 
 
-@dataclass(frozen=True)
-class AbstractStrategy(abc.ABC):
+@dataclass(frozen=True, repr=False)
+class AbstractStrategy(Value, abc.ABC):
     """An unbiased stand-in for what is stored of X, for the cotangent G, or for either.
 
     Strategies are immutable values: validated when built, comparable, printable, with nothing drawn yet.
@@ -61,7 +62,7 @@ class AbstractStrategy(abc.ABC):
         """Why the strategy cannot act at the other moment."""
         return "it works at both moments"
 
-    def check_layer(self, inputs: int, outputs: int, moment: Moment) -> None:  # noqa: B027 - most have no limit
+    def check_layer(self, inputs: int, outputs: int, moment: Moment) -> None:
         """Raise `BudgetError` if the budget does not fit a layer of these sizes."""
 
     def new_memory(self) -> Any:
@@ -72,7 +73,7 @@ class AbstractStrategy(abc.ABC):
         """Return what is kept of X, as plain tensors (forward time)."""
         raise PlacementError(f"{self!r} cannot be stored: {self.misplacement_reason}")
 
-    def observe(self, cotangent_NO: Tensor, examples: int, memory: Any) -> None:  # noqa: B027 - most learn nothing
+    def observe(self, cotangent_NO: Tensor, examples: int, memory: Any) -> None:
         """Let running estimates take in a cotangent (backward time)."""
 
     def restore(self, kept: tuple[Tensor, ...], rows: int, inputs: int, dtype: torch.dtype) -> AbstractStoredMatrix:
@@ -112,9 +113,7 @@ def operands_for(tensors: LayerTensors, moment: Moment) -> Operands:
         moment=moment,
         stored=DenseMatrix(flat(stored_QNI)),
         cotangent_NO=flat(cotangent_QNO) if moment is Moment.COTANGENT else None,
-        weight_OI=tensors.weight_OI.double()
-        if tensors.weight_OI is not None and moment is Moment.COTANGENT
-        else None,
+        weight_OI=tensors.weight_OI.double() if tensors.weight_OI is not None and moment is Moment.COTANGENT else None,
         examples=tensors.examples,
         predicted_norm_N=tensors.predicted_norm_N,
     )

@@ -16,7 +16,7 @@ from cheapgrad.sketch.operands import Operands
 from cheapgrad.sketch.selection import Selection
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ColumnSample(AbstractSampling):
     r"""Keep a share of the output features of the cotangent, weighted to stand for all.
 
@@ -37,8 +37,8 @@ class ColumnSample(AbstractSampling):
     5
 
     References:
-        Data-dependent diagonal sketches of the cotangent, arXiv:2602.14701; sampled column-row products, SIAM J. Comput. 36
-        (2006).
+        Data-dependent diagonal sketches of the cotangent, arXiv:2602.14701; sampled column-row products, SIAM J.
+        Comput. 36 (2006).
     """
 
     axis: ClassVar[int] = 1

@@ -21,20 +21,21 @@ from cheapgrad.sketch.water_filling import water_filling
 _INDEX_BYTES = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ElementMask(AbstractStrategy):
     r"""Keep a share of the single entries of the cotangent, or of what is stored of X.
 
-    ``p_e = min(1, lambda |entry|)``, or equal probabilities with ``by_magnitude=False``. A cotangent is masked by independent
-    coins and stays dense, so no time is saved; what is stored keeps a fixed number of entries and their indices. Here to
-    complete the comparison: lowest variance at equal density, no dense speed-up.
+    ``p_e = min(1, lambda |entry|)``, or equal probabilities with ``by_magnitude=False``. A cotangent is masked by
+    independent coins and stays dense, so no time is saved; what is stored keeps a fixed number of entries and their indices. Here
+    to complete the comparison: lowest variance at equal density, no dense speed-up.
 
     Args:
         keep: share of entries kept, in (0, 1].
         by_magnitude: scores ``|entry|`` if true, equal scores otherwise.
 
     **Law** Bias 0. Cotangent: ``Var dX = sum_nj (1/p_nj - 1) g_nj**2 ||W_j||**2``,
-    ``Var dW = sum_nj (1/p_nj - 1) g_nj**2 ||x_n||**2`` exactly. Stored: ``Var dW = sum_ni (1/p_ni - 1) x_ni**2 ||g_n||**2`` up to
+    ``Var dW = sum_nj (1/p_nj - 1) g_nj**2 ||x_n||**2`` exactly. Stored:
+    ``Var dW = sum_ni (1/p_ni - 1) x_ni**2 ||g_n||**2`` up to
     the (negative) correlation of a fixed-size sample of ``N I`` entries.
 
     Raises:

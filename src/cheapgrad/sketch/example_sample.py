@@ -8,13 +8,13 @@ from cheapgrad.sketch._row_sampling import AbstractRowSampling
 from cheapgrad.sketch.law import Law
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExampleSample(AbstractRowSampling):
     r"""Keep a share of the examples (the first axis of the input), weighted to stand for all.
 
-    The same estimator as `RowSample` with all T rows of an example as one atom. The unit of variance-controlled sampling;
-    for token models it has several times the variance of `RowSample` at the same cost, and it is what convolutions can
-    save time with, because whole pictures stay dense.
+    The same estimator as `RowSample` with all T rows of an example as one atom. The unit of variance-controlled
+    sampling; for token models it has several times the variance of `RowSample` at the same cost, and it is what
+    convolutions can save time with, because whole pictures stay dense.
 
     Args:
         keep: share of examples kept, in (0, 1].

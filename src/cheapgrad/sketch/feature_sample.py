@@ -22,12 +22,13 @@ from cheapgrad.sketch.selection import Selection
 _INDEX_BYTES = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FeatureSample(AbstractSampling):
     r"""Keep a share of the input features of X, with one mask for all rows or one per group of rows.
 
-    Stored at forward time; dX stays exact and ``dW = G.T X_hat``. With one mask the columns of dW that were not kept are zero
-    in this step; with a mask per group of rows every column gets its share in every step, at the price of a dense product.
+    Stored at forward time; dX stays exact and ``dW = G.T X_hat``. With one mask the columns of dW that were not kept
+    are zero in this step; with a mask per group of rows every column gets its share in every step, at the price of a
+    dense product.
 
     Args:
         keep: share of features kept, in (0, 1].
@@ -143,5 +144,3 @@ class FeatureSample(AbstractSampling):
     def _saved_bytes(self, shape: LayerShape, moment: Moment) -> float:
         kept = self.design.expected_count(shape.inputs, self.kept_count(shape.inputs))
         return kept * (shape.rows * shape.element_bytes + self.masks(shape.rows) * _INDEX_BYTES)
-
-

@@ -33,8 +33,8 @@ class LayerShape:
 class LayerTensors:
     """The tensors a variance is a function of.
 
-    Grouped layers stack their groups Q in front: ``stored_QNI``, ``cotangent_QNO``; a plain linear layer has Q = 1 and may
-    pass matrices.
+    Grouped layers stack their groups Q in front: ``stored_QNI``, ``cotangent_QNO``; a plain linear layer has Q = 1 and
+    may pass matrices.
 
     Attributes:
         stored_QNI: X.

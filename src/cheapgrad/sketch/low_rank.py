@@ -18,25 +18,25 @@ from cheapgrad.sketch.operands import Operands, norm_along
 from cheapgrad.sketch.range_basis import RangeBasis, find_range
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LowRank(AbstractStrategy):
     r"""Replace X (stored) or G (cotangent) by a random matrix of rank at most R whose expectation it is.
 
-    With ``refresh=None``: the optimal sketch. The singular values are water-filled, ``p_r = min(1, lambda sigma_r)``, and a
-    sample of R components is kept with weights ``1 / p_r``. It costs an SVD per step.
+    With ``refresh=None``: the optimal sketch. The singular values are water-filled, ``p_r = min(1, lambda sigma_r)``,
+    and a sample of R components is kept with weights ``1 / p_r``. It costs an SVD per step.
 
-    With ``refresh=s``: the first ``R // 2`` directions B come from a randomised range finder and are renewed every s steps;
-    ``M = M B B.T + (M - M B B.T)`` and the columns of the second part are sampled afresh in every step, so the estimate is
-    unbiased in every single step for whatever B is, however old.
+    With ``refresh=s``: the first ``R // 2`` directions B come from a randomised range finder and are renewed every s
+    steps; ``M = M B B.T + (M - M B B.T)`` and the columns of the second part are sampled afresh in every step, so the
+    estimate is unbiased in every single step for whatever B is, however old.
 
     Args:
         rank: R, at least 1 and at most the smaller side of the matrix.
         refresh: steps between renewals of the basis, at least 1; None for the exact singular value decomposition.
         design: how components (or columns) are sampled; a fixed-size design keeps the rank at most R.
 
-    **Law** Bias 0. ``E ||M_hat - M||**2 = (sum_tail sigma)**2 / (R - m) - sum_tail sigma**2``, the least possible; for products
-    ``Var = sum_r (1/p_r - 1) sigma_r**2 ||L(u_r v_r.T)||**2`` plus cross terms. The lazy form puts the residual's columns in the
-    place of the components.
+    **Law** Bias 0. ``E ||M_hat - M||**2 = (sum_tail sigma)**2 / (R - m) - sum_tail sigma**2``, the least possible; for
+    products ``Var = sum_r (1/p_r - 1) sigma_r**2 ||L(u_r v_r.T)||**2`` plus cross terms. The lazy form puts the
+    residual's columns in the place of the components.
 
     Raises:
         BudgetError: if `rank` or `refresh` is not a whole number of at least 1, or `rank` exceeds the layer.
@@ -117,7 +117,7 @@ class LowRank(AbstractStrategy):
         return StoredFactors(kept[0], kept[1])
 
     def _components(self, matrix_ND: Tensor, basis_DR: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Return ``left [N, R']``, ``right [R', D]``, scores and the sampled count: the atoms are ``left_:r right_r``."""
+        """Return ``left [N, R']``, ``right [R', D]``, scores and sampled count; atoms are ``left_:r right_r``."""
         if self.refresh is None:
             left_NR, scores, right_RD = _decompose(matrix_ND)
             return left_NR * scores, right_RD, scores, min(self.rank, scores.shape[0])
@@ -136,13 +136,13 @@ class LowRank(AbstractStrategy):
         sketched = flat(stored_QNI) if moment is Moment.STORED else operands.cotangent()
         partner_QND = cotangent_QNO if moment is Moment.STORED else stored_QNI
         left_NR, right_RD, scores, count = self._components(sketched, basis_DR)
-        # Products with the partner, per group: [Q, E, R'] and [Q, R', D / Q].
-        inner_QER = partner_QND.mT @ left_NR
+        # Products with the partner, per group: [Q, O, R'] and [Q, R', D / Q].
+        inner_QOR = partner_QND.mT @ left_NR
         right_QRD = right_RD.view(right_RD.shape[0], partner_QND.shape[0], -1).transpose(0, 1)
-        norms = (inner_QER.square().sum(1) * right_QRD.square().sum(2)).sum(0)
+        norms = (inner_QOR.square().sum(1) * right_QRD.square().sum(2)).sum(0)
 
         def weight_sum(weights: Tensor) -> Tensor:
-            return ((inner_QER * weights) @ right_QRD).square().sum()
+            return ((inner_QOR * weights) @ right_QRD).square().sum()
 
         weight = self.design.variance(norms, scores, count, weight_sum)
         if operands.weight_OI is None:

@@ -49,7 +49,8 @@ def _draw_uniform(
     salt = _salt()
     if salt is None:
         return torch.rand(shape, dtype=dtype, device=device, generator=generator)
-    # All ranks take this path, rank 0 too, so that generators seeded alike stay in step. Two words per number would be needed for 53 bits; 32 bits keep every probability right to 2**-32. Single precision
+    # All ranks take this path, rank 0 too, so that generators seeded alike stay in step.
+    # Two words per number would be needed for 53 bits; 32 bits keep every probability right to 2**-32. Single precision
     # takes 24 of them, as torch.rand does, because rounding 32 bits could give 1.0.
     bits = torch.randint(0, 1 << _BITS, shape, dtype=torch.int64, device=device, generator=generator)
     mixed = _mix_bits(bits, salt)

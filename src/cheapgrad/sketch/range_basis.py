@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cheapgrad.sketch import random
+from cheapgrad.sketch.transforms import is_transformed
 
 
 def find_range(matrix_ND: Tensor, count: int) -> Tensor:
@@ -42,7 +43,7 @@ class RangeBasis:
 
     def basis_for(self, matrix_ND: Tensor, count: int) -> Tensor:
         """Return the held basis, renewed from `matrix_ND` when it is due."""
-        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(matrix_ND):
+        if torch.compiler.is_compiling() or is_transformed(matrix_ND):
             return find_range(matrix_ND, count)
         held = self._basis_DR
         fits = held is not None and held.shape == (matrix_ND.shape[1], count) and held.device == matrix_ND.device

@@ -18,13 +18,14 @@ from cheapgrad.sketch.projections import AbstractProjection, Rademacher
 from cheapgrad.sketch.projections._abstract import Moments
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RowProjection(AbstractStrategy):
     r"""Replace the N rows by K random combinations of them.
 
-    Stored: ``S X`` is kept, ``dW = (S G).T (S X)``, dX exact. As cotangent: ``dX = S.T ((S G) W)`` as well. Oblivious to the
-    data: score-based `RowSample` is never worse in dW than a Gaussian projection at equal K, and costs a gather instead of a
-    product. For comparison, and for data so coherent that any sample misses it.
+    Stored: ``S X`` is kept, ``dW = (S G).T (S X)``, dX exact. As cotangent: ``dX = S.T ((S G) W)`` as well. Oblivious
+        to the
+    data: score-based `RowSample` is never worse in dW than a Gaussian projection at equal K, and costs a gather
+        instead of a product. For comparison, and for data so coherent that any sample misses it.
 
     Args:
         keep: K / N, in (0, 1].

@@ -8,13 +8,13 @@ from cheapgrad.sketch._row_sampling import AbstractRowSampling
 from cheapgrad.sketch.law import Law
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RowSample(AbstractRowSampling):
     r"""Keep a share of the rows, weighted to stand for all.
 
-    As ``cotangent=`` (the strategy for time): rows are drawn at backward time with ``p_n = min(1, lambda s_n)`` and serve
-    both products, ``dX_n = g_n W / p_n`` (zero elsewhere) and ``dW = sum_kept g_n x_n.T / p_n``. As ``stored=``: rows of X are
-    drawn at forward time, blind to G; dX stays exact.
+    As ``cotangent=`` (the strategy for time): rows are drawn at backward time with ``p_n = min(1, lambda s_n)`` and
+    serve both products, ``dX_n = g_n W / p_n`` (zero elsewhere) and ``dW = sum_kept g_n x_n.T / p_n``. As ``stored=``:
+    rows of X are drawn at forward time, blind to G; dX stays exact.
 
     Args:
         keep: share of rows kept, in (0, 1].
@@ -31,8 +31,8 @@ class RowSample(AbstractRowSampling):
     512
 
     References:
-        Row sampling with data-dependent probabilities: arXiv:2402.17227 (Bernoulli, whole samples for dX), arXiv:2305.15265
-        (stored rows). Ours draws fixed sizes with exact marginals, for both products at once.
+        Row sampling with data-dependent probabilities: arXiv:2402.17227 (Bernoulli, whole samples for dX),
+        arXiv:2305.15265 (stored rows). Ours draws fixed sizes with exact marginals, for both products at once.
     """
 
     @property

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cheapgrad.sketch.transforms import is_transformed
+
 
 class RunningRowNorms:
     """One running mean per position in the sequence, relative to the batch's mean.
@@ -28,7 +30,7 @@ class RunningRowNorms:
 
     def update(self, norm_N: Tensor, examples: int) -> None:
         """Take in the row norms of one cotangent."""
-        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(norm_N):
+        if torch.compiler.is_compiling() or is_transformed(norm_N):
             return
         mean_T = norm_N.detach().double().view(examples, -1).mean(0)
         scale = mean_T.mean()

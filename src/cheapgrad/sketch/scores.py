@@ -11,17 +11,18 @@ from torch import Tensor
 
 from cheapgrad.errors import check_fraction
 from cheapgrad.sketch.operands import Operands, norm_along
+from cheapgrad.sketch.value import Value
 
 _BOTH = frozenset({"input", "weight"})
 
 
-@dataclass(frozen=True)
-class AbstractScore(abc.ABC):
+@dataclass(frozen=True, repr=False)
+class AbstractScore(Value, abc.ABC):
     """A non-negative number per atom, computed from what exists at the moment of drawing.
 
     Class attributes declare what a score knows, so that placement can be checked before training:
-    ``sees_cotangent`` (backward time only), ``axes`` (0 rows, 1 columns) and ``covers``, the gradients whose atoms are zero
-    wherever the score is. For other gradients the strategy adds a small floor, or the estimate would be biased.
+    ``sees_cotangent`` (backward time only), ``axes`` (0 rows, 1 columns) and ``covers``, the gradients whose atoms are
+    zero wherever the score is. For other gradients the strategy adds a small floor, or the estimate would be biased.
     """
 
     sees_cotangent: ClassVar[bool] = False
@@ -33,7 +34,7 @@ class AbstractScore(abc.ABC):
         """Return the scores along `dim` of the sketched matrix (0: rows, 1: columns)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Uniform(AbstractScore):
     """Every atom alike."""
 
@@ -45,7 +46,7 @@ class Uniform(AbstractScore):
         return equal_scores(matrix, 1 - dim)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StoredNorm(AbstractScore):
     """``||x_n||`` for rows, ``||X_:i||`` for features: all that forward time can see."""
 
@@ -56,7 +57,7 @@ class StoredNorm(AbstractScore):
         return norm_along(operands.stored_dense(), 1 - dim)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CotangentNorm(AbstractScore):
     """``||g_n||`` for rows, ``||G_:j||`` for output columns."""
 
@@ -68,7 +69,7 @@ class CotangentNorm(AbstractScore):
         return norm_along(operands.cotangent(), 1 - dim)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ProductNorm(AbstractScore):
     """``||x_n|| ||g_n||``: optimal for dW alone along rows."""
 
@@ -84,13 +85,13 @@ class ProductNorm(AbstractScore):
         return norm_N * norm_along(operands.stored_dense(), 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JointNorm(AbstractScore):
     r"""The score that is optimal for dX and dW together.
 
     Rows: ``||g_n|| sqrt(||x_n||**2 / mean ||x||**2 + balance ||W^T g_n||**2 / (||g_n||**2 mean ||W||**2))``, with
-    ``||W^T g_n||**2`` replaced by its average ``||g_n||**2 ||W||_F**2 / O``: each gradient's variance is measured relative to
-    its own scale. Columns: ``||G_:j|| sqrt(1 + balance ||W_j||**2 / mean ||W||**2)``.
+    ``||W^T g_n||**2`` replaced by its average ``||g_n||**2 ||W||_F**2 / O``: each gradient's variance is measured
+    relative to its own scale. Columns: ``||G_:j|| sqrt(1 + balance ||W_j||**2 / mean ||W||**2)``.
 
     Args:
         balance: weight of dX against dW, >= 0 (1: alike).
@@ -111,7 +112,7 @@ class JointNorm(AbstractScore):
         return norm * (1 + self.balance * _relative_square(norm_along(operands.weight_OI, 1))).sqrt()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ColumnNorm(AbstractScore):
     """``||G_:j|| ||W_j||``: optimal for dX alone along output columns, up to cross terms."""
 
@@ -127,7 +128,7 @@ class ColumnNorm(AbstractScore):
         return norm_O * norm_along(operands.weight_OI, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PredictedNorm(AbstractScore):
     r"""``||x_n|| ĝ_t``, with ``ĝ_t`` a running mean of the cotangent's row norms at position t of the sequence.
 

@@ -14,8 +14,8 @@ from cheapgrad.sketch.operands import AbstractStoredMatrix
 class Selection:
     """A drawn sample of an axis of length `size`: `index_K` and the weights that make it unbiased.
 
-    The random map is the pair (`apply`, `gather`) with ``E[gather.T @ apply] = identity``: the weight is multiplied once,
-    on one side of a contraction, not as a square root on both.
+    The random map is the pair (`apply`, `gather`) with ``E[gather.T @ apply] = identity``: the weight is multiplied
+    once, on one side of a contraction, not as a square root on both.
 
     Attributes:
         index_K: kept coordinates, int64, shape ``[K]``.

@@ -21,19 +21,20 @@ _ALLOWED_BITS = (2, 4, 8)
 _GROUP_BYTES = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StochasticRounding(AbstractStrategy):
     r"""Store X in 2, 4 or 8 bits per entry, rounded up or down at random so that the expectation is X.
 
-    Groups of `group` consecutive entries share a lowest value l and a step s, both in bfloat16 and rounded outwards so that
-    ``l <= x <= l + (2**bits - 1) s``. With ``t = (x - l) / s`` the code is ``floor(t)`` or ``floor(t) + 1``, the latter with
-    probability ``t - floor(t)``. The strategy for memory: dX stays exact, nothing compounds with depth.
+    Groups of `group` consecutive entries share a lowest value l and a step s, both in bfloat16 and rounded outwards so
+    that ``l <= x <= l + (2**bits - 1) s``. With ``t = (x - l) / s`` the code is ``floor(t)`` or ``floor(t) + 1``, the
+    latter with probability ``t - floor(t)``. The strategy for memory: dX stays exact, nothing compounds with depth.
 
     Args:
         bits: 2, 4 or 8.
         group: entries per group, at least 8 and a multiple of 8.
 
-    **Law** Bias 0 (the dither has 24 bits). ``Var dW = sum_ni s**2 f_ni (1 - f_ni) ||g_n||**2`` with ``f = t - floor(t)``, exactly.
+    **Law** Bias 0 (the dither has 24 bits). ``Var dW = sum_ni s**2 f_ni (1 - f_ni) ||g_n||**2`` with ``f = t -
+    floor(t)``, exactly.
     Saved: ``bits / 8 + 4 / group`` bytes per entry.
 
     Raises:
@@ -83,7 +84,7 @@ class StochasticRounding(AbstractStrategy):
         dither = random.uniform(groups, groups.shape, double=False)
         # Never above the last code, whatever the rounding of the division does; NaN goes to 0 and lives in the scales.
         codes = torch.nan_to_num((position + dither).floor()).clamp(0, 2**self.bits - 1).to(torch.uint8)
-        return pack_bits(codes.flatten(), self.bits), torch.stack([low, step], -1).squeeze(1)
+        return pack_bits(codes.flatten(), self.bits), torch.cat([low, step], 1).to(torch.bfloat16)
 
     def restore(self, kept: tuple[Tensor, ...], rows: int, inputs: int, dtype: torch.dtype) -> EncodedMatrix:
         """Return the codes as a stand-in for X."""
@@ -100,7 +101,7 @@ class StochasticRounding(AbstractStrategy):
         """Return ``s**2 f (1 - f)`` per entry, in float64."""
         groups = _as_groups(matrix_NI, self.group)
         low, step = _scales(groups, self.bits)
-        position = _position(groups.double(), low.double(), step.double())
+        position = _position(groups, low, step).double()
         fraction = position - position.floor()
         noise = step.double() ** 2 * fraction * (1 - fraction)
         return noise.flatten()[: matrix_NI.numel()].view(matrix_NI.shape)
@@ -151,23 +152,30 @@ def _as_groups(matrix: Tensor, group: int) -> Tensor:
 
 
 def _scales(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return lowest value and step per group ``[groups, 1]`` in bfloat16, rounded so that all entries are covered."""
+    """Return lowest value and step per group ``[groups, 1]``, bfloat16 numbers that make the codes cover the group."""
     low = _round_down(groups.amin(1, keepdim=True))
-    span = groups.amax(1, keepdim=True) - low.to(groups.dtype)
+    span = groups.amax(1, keepdim=True) - low
     step = -_round_down(-span / (2**bits - 1))
     return low, step
 
 
 def _round_down(values: Tensor) -> Tensor:
-    """Round to bfloat16, never upwards; NaN and infinities stay."""
-    rounded = values.to(torch.bfloat16)
-    too_high = rounded.to(values.dtype) > values
-    # One bfloat16 step is at most 2**-7 of the magnitude.
-    lower = (values - values.abs() * 2.0**-7 - torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
-    return torch.where(too_high, lower, rounded)
+    """Round down to a bfloat16 number, held in the dtype of `values`; NaN and infinities stay.
+
+    By masking bits: a cast there and back may be elided by a compiler, which would quantise with a step other than the
+    stored one and bias every value.
+    """
+    single = values.float()
+    single = torch.where(
+        single.to(values.dtype) > values, torch.nextafter(single, single.new_full((), -torch.inf)), single
+    )
+    bits = single.view(torch.int32)
+    toward_zero = bits & -0x10000
+    # Sign and magnitude: one unit more in the upper half moves a negative number away from zero.
+    away = torch.where((single < 0) & (bits != toward_zero), toward_zero + 0x10000, toward_zero)
+    return torch.where(torch.isfinite(single), away.view(torch.float32), single).to(values.dtype)
 
 
 def _position(groups: Tensor, low: Tensor, step: Tensor) -> Tensor:
     """Return ``(x - low) / step``, zero where the step is zero."""
-    step = step.to(groups.dtype)
-    return torch.where(step != 0, (groups - low.to(groups.dtype)) / torch.where(step != 0, step, 1.0), 0.0)
+    return torch.where(step != 0, (groups - low) / torch.where(step != 0, step, 1.0), 0.0)

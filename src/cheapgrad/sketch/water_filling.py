@@ -34,8 +34,8 @@ def water_filling(scores: Tensor, count: int) -> Tensor:
     r"""Return the inclusion probabilities of least variance under an expected-size budget.
 
     Solves ``min sum_i (1 / p_i - 1) s_i**2`` subject to ``sum_i p_i = count`` and ``0 < p_i <= 1``. The solution is
-    ``p_i = min(1, lambda s_i)``: the m largest scores are certain, the others share ``count - m`` in proportion to their
-    score, and the minimum is ``(sum_tail s)**2 / (count - m) - sum_tail s**2``.
+    ``p_i = min(1, lambda s_i)``: the m largest scores are certain, the others share ``count - m`` in proportion to
+    their score, and the minimum is ``(sum_tail s)**2 / (count - m) - sum_tail s**2``.
 
     Atoms of score zero get probability zero unless fewer than `count` scores are positive; the probability left over is
     then shared equally among them, so that the probabilities always sum to `count`.

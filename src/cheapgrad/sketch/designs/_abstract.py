@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from cheapgrad.sketch.selection import Selection
+from cheapgrad.sketch.value import Value
 from cheapgrad.sketch.water_filling import water_filling
 
 # Given weights over the atoms, returns || sum_i weight_i atom_i ||**2: all a design's variance needs beyond the norms.
 SquaredNormOfSum = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class AbstractDesign(abc.ABC):
+@dataclass(frozen=True, repr=False)
+class AbstractDesign(Value, abc.ABC):
     """A way to draw atoms given their scores, with its exact or stated variance.
 
-    The estimate of ``sum_i a_i`` is ``sum_k weight_k a_index_k``; it is unbiased whenever an atom of probability zero is
-    itself zero.
+    The estimate of ``sum_i a_i`` is ``sum_k weight_k a_index_k``; it is unbiased whenever an atom of probability zero
+    is itself zero.
     """
 
     @abc.abstractmethod
@@ -38,7 +39,9 @@ class AbstractDesign(abc.ABC):
         """
 
     @abc.abstractmethod
-    def variance(self, squared_norms: Tensor, scores: Tensor, count: int, squared_norm_of_sum: SquaredNormOfSum) -> Tensor:
+    def variance(
+        self, squared_norms: Tensor, scores: Tensor, count: int, squared_norm_of_sum: SquaredNormOfSum
+    ) -> Tensor:
         """Return ``E || estimate - sum_i a_i ||**2``.
 
         Args:
@@ -53,7 +56,7 @@ class AbstractDesign(abc.ABC):
         return float(min(size, count))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AbstractFixedSizeDesign(AbstractDesign):
     """A design without replacement of fixed size whose inclusion probabilities are exactly the water-filling ones."""
 
@@ -77,13 +80,15 @@ class AbstractFixedSizeDesign(AbstractDesign):
         index = self.select(probabilities, randomness, min(count, size))
         return Selection(index, 1.0 / probabilities.gather(-1, index), size)
 
-    def variance(self, squared_norms: Tensor, scores: Tensor, count: int, squared_norm_of_sum: SquaredNormOfSum) -> Tensor:
+    def variance(
+        self, squared_norms: Tensor, scores: Tensor, count: int, squared_norm_of_sum: SquaredNormOfSum
+    ) -> Tensor:
         r"""Horvitz-Thompson variance, with joint probabilities exact for small n and approximated beyond.
 
         ``Var = sum_ij (p_ij - p_i p_j) / (p_i p_j) <a_i, a_j>``. Without exact joint probabilities they are taken as
-        ``p_i p_j - c_i c_j / sum c`` with ``c_i - c_i**2 / sum c = p_i (1 - p_i)`` (Deville and Tille's fixed point), which is
-        exact for orthogonal atoms and for equal probabilities, and an approximation of relative order
-        ``1 / sum p (1 - p)`` on the cross terms otherwise.
+        ``p_i p_j - c_i c_j / sum c`` with ``c_i - c_i**2 / sum c = p_i (1 - p_i)`` (Deville and Tille's fixed point),
+        which is exact for orthogonal atoms and for equal probabilities, and an approximation of relative order ``1 /
+        sum p (1 - p)`` on the cross terms otherwise.
         """
         probabilities = water_filling(scores, count)
         inverse = torch.where(probabilities > 0, 1.0 / probabilities, 0.0)

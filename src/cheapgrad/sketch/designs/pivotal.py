@@ -14,16 +14,17 @@ from cheapgrad.sketch.designs._abstract import AbstractFixedSizeDesign
 _LARGEST_ENUMERATED = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pivotal(AbstractFixedSizeDesign):
     r"""Draw exactly K atoms with exactly the asked inclusion probabilities, by pairwise duels.
 
-    Atoms meet in a random order as in a knock-out tournament. In a duel of probabilities a and b one atom is settled (in
-    or out) and the other carries on with what is left: if ``a + b <= 1`` one drops out and the other goes on with ``a + b``;
-    otherwise one is taken and the other goes on with ``a + b - 1``. The chances are those that keep both expectations.
+    Atoms meet in a random order as in a knock-out tournament. In a duel of probabilities a and b one atom is settled
+    (in or out) and the other carries on with what is left: if ``a + b <= 1`` one drops out and the other goes on with
+    ``a + b``; otherwise one is taken and the other goes on with ``a + b - 1``. The chances are those that keep both
+    expectations.
 
-    **Law** Size K in every draw; inclusion probabilities exact. Pairwise probabilities are exact for equal probabilities
-    and, by enumeration, for n <= 6; otherwise the cross terms of the variance are approximated.
+    **Law** Size K in every draw; inclusion probabilities exact. Pairwise probabilities are exact for equal
+    probabilities and, by enumeration, for n <= 6; otherwise the cross terms of the variance are approximated.
 
     >>> Pivotal().draw(torch.ones(8), 3).index_K.shape
     torch.Size([3])

@@ -14,7 +14,7 @@ from cheapgrad.sketch.designs._abstract import AbstractFixedSizeDesign
 _LARGEST_ENUMERATED = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Systematic(AbstractFixedSizeDesign):
     r"""Draw exactly K atoms with exactly the asked inclusion probabilities.
 

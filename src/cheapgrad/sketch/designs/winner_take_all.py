@@ -14,12 +14,12 @@ from cheapgrad.sketch.selection import Selection
 from cheapgrad.sketch.water_filling import prepare_scores, water_filling
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WinnerTakeAll(AbstractDesign):
     r"""Keep the largest atoms for certain, draw the rest of the budget from the others with replacement.
 
-    The head is water-filling's certain set (the m that minimises ``(sum_tail s)**2 / (K - m) - sum_tail s**2``); each of the
-    ``K - m`` tail draws has weight ``1 / ((K - m) q_i)`` with ``q_i = s_i / sum_tail s``.
+    The head is water-filling's certain set (the m that minimises ``(sum_tail s)**2 / (K - m) - sum_tail s**2``); each
+    of the ``K - m`` tail draws has weight ``1 / ((K - m) q_i)`` with ``q_i = s_i / sum_tail s``.
 
     **Law** Bias 0; variance ``(sum_tail ||a_i||**2 / q_i - ||sum_tail a_i||**2) / (K - m)`` exactly.
 
@@ -48,7 +48,9 @@ class WinnerTakeAll(AbstractDesign):
         index = torch.where(in_head, head_order, tail_index)
         return Selection(index, torch.where(in_head, 1.0, tail_weight), size, may_repeat=True)
 
-    def variance(self, squared_norms: Tensor, scores: Tensor, count: int, squared_norm_of_sum: SquaredNormOfSum) -> Tensor:
+    def variance(
+        self, squared_norms: Tensor, scores: Tensor, count: int, squared_norm_of_sum: SquaredNormOfSum
+    ) -> Tensor:
         """Return ``(sum_tail ||a_i||**2 / q_i - ||sum_tail a_i||**2) / (K - m)``."""
         head, chances = _split(scores, min(count, scores.shape[-1]))
         left = (min(count, scores.shape[-1]) - head.sum()).clamp(min=1)

@@ -13,12 +13,12 @@ from cheapgrad.sketch.selection import Selection
 from cheapgrad.sketch.water_filling import prepare_scores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WithReplacement(AbstractDesign):
     r"""Draw K times, independently, with probabilities ``q_i = s_i / sum s``; weights ``1 / (K q_i)``.
 
-    **Law** Bias 0; variance ``(sum_i ||a_i||**2 / q_i - ||sum_i a_i||**2) / K`` exactly. Not exact at K = n, and never better
-    than a fixed-size design on orthogonal atoms: here for comparison.
+    **Law** Bias 0; variance ``(sum_i ||a_i||**2 / q_i - ||sum_i a_i||**2) / K`` exactly. Not exact at K = n, and never
+    better than a fixed-size design on orthogonal atoms: here for comparison.
 
     >>> WithReplacement().draw(torch.ones(4), 2).weight_K
     tensor([2., 2.], dtype=torch.float64)
@@ -35,7 +35,9 @@ class WithReplacement(AbstractDesign):
         index = pick_by_chance(chances, points)
         return Selection(index, 1.0 / (count * chances.gather(-1, index)), scores.shape[-1], may_repeat=True)
 
-    def variance(self, squared_norms: Tensor, scores: Tensor, count: int, squared_norm_of_sum: SquaredNormOfSum) -> Tensor:
+    def variance(
+        self, squared_norms: Tensor, scores: Tensor, count: int, squared_norm_of_sum: SquaredNormOfSum
+    ) -> Tensor:
         """Return ``(sum_i ||a_i||**2 / q_i - ||sum_i a_i||**2) / K``."""
         count = min(count, scores.shape[-1])
         chances = draw_chances(scores)

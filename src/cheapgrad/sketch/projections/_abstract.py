@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cheapgrad.sketch.operands import AbstractStoredMatrix
+from cheapgrad.sketch.value import Value
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class DrawnProjection(abc.ABC):
         return self.transpose_project(tensor)
 
 
-@dataclass(frozen=True)
-class AbstractProjection(abc.ABC):
+@dataclass(frozen=True, repr=False)
+class AbstractProjection(Value, abc.ABC):
     """A kind of random projection."""
 
     @abc.abstractmethod

@@ -25,20 +25,20 @@ class DrawnHash(DrawnProjection):
 
     def project(self, matrix_ND: Tensor) -> Tensor:
         """Return ``S @ matrix``: signed rows added up in their bins."""
-        bins, sign_N1 = self._bins_and_signs(matrix_ND.dtype)
-        return matrix_ND.new_zeros(self.count, matrix_ND.shape[1]).index_add(0, bins, matrix_ND * sign_N1)
+        bins, signs = self._bins_and_signs(matrix_ND.dtype)
+        return matrix_ND.new_zeros(self.count, matrix_ND.shape[1]).index_add(0, bins, matrix_ND * signs)
 
     def transpose_project(self, matrix_KD: Tensor) -> Tensor:
         """Return ``S.T @ matrix``: every row reads its bin."""
-        bins, sign_N1 = self._bins_and_signs(matrix_KD.dtype)
-        return matrix_KD.index_select(0, bins) * sign_N1
+        bins, signs = self._bins_and_signs(matrix_KD.dtype)
+        return matrix_KD.index_select(0, bins) * signs
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the signed bins."""
         return (self._signed_bin_N,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CountSketch(AbstractProjection):
     r"""Every row is added, with a random sign, to one of K random bins.
 

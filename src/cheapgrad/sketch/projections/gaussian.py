@@ -31,12 +31,12 @@ class DrawnMatrix(DrawnProjection):
         return (self._matrix_KN,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gaussian(AbstractProjection):
     r"""S has independent entries ``N(0, 1 / K)``.
 
-    **Law** ``Var dW = (||X||**2 ||G||**2 + ||G.T X||**2) / K``; relative variance of dX ``(N + 1) / K``. The matrix itself,
-    ``4 K N`` bytes, must be held: `Rademacher` has lower variance and holds one bit per entry.
+    **Law** ``Var dW = (||X||**2 ||G||**2 + ||G.T X||**2) / K``; relative variance of dX ``(N + 1) / K``. The matrix
+    itself, ``4 K N`` bytes, must be held: `Rademacher` has lower variance and holds one bit per entry.
 
     References:
         B. Bershatsky et al., arXiv:2201.13195.

@@ -14,8 +14,8 @@ from cheapgrad.sketch.projections._abstract import AbstractProjection, DrawnProj
 def hadamard_transform(matrix_ND: Tensor) -> Tensor:
     """Return the orthonormal Walsh-Hadamard transform along rows; their number must be a power of two.
 
-    The transform of size ``2**m`` is a Kronecker product; it is applied as one small dense product per block of up to 64
-    rows, in log_64 N passes.
+    The transform of size ``2**m`` is a Kronecker product; it is applied as one small dense product per block of up to
+    64 rows, in log_64 N passes.
     """
     size = matrix_ND.shape[0]
     stride = 1
@@ -69,7 +69,7 @@ class DrawnHadamard(DrawnProjection):
         return self._negative_N, self._index_K
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Hadamard(AbstractProjection):
     r"""``S = sqrt(N' / K) P H D``: random signs D, orthonormal Hadamard H, K of N' coordinates without replacement P.
 

@@ -36,7 +36,7 @@ class DrawnSigns(DrawnProjection):
         return (self._packed,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rademacher(AbstractProjection):
     r"""S has independent fair signs over ``sqrt(K)``.
 

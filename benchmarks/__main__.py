@@ -1,0 +1,74 @@
+"""``python -m benchmarks``: time layers and steps, measure added noise, print tables, write JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.environment import describe_environment
+from benchmarks.layer import measure_layers
+from benchmarks.noise import measure_noise
+from benchmarks.step import measure_steps
+
+_NAMES = ("layer", "step", "noise")
+
+
+def main() -> None:
+    """Run the chosen benchmarks."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*_NAMES, "all"], default="all", help="what to run (default: all)")
+    parser.add_argument("--data", type=Path, help="zip of an image folder for noise (default: the bundled digits)")
+    parser.add_argument("--epochs", type=int, help="epochs of exact training before noise (default: 1; digits: 15)")
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per timing (default: 15)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="JSON lines are appended here")
+    arguments = parser.parse_args()
+    names = _NAMES if "all" in arguments.names else arguments.names
+    torch.manual_seed(arguments.seed)
+    environment = describe_environment(arguments.seed)
+    for name in names:
+        records = []
+        with arguments.out.open("a", encoding="utf-8") as file:
+            for record in _run(name, arguments):
+                records.append(record)
+                file.write(json.dumps(record | {"environment": environment}) + "\n")
+                file.flush()
+        _print(name, records, environment)
+
+
+def _run(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if name == "layer":
+        return measure_layers(rounds=arguments.rounds)
+    if name == "step":
+        return measure_steps(rounds=arguments.rounds)
+    epochs = arguments.epochs or (1 if arguments.data else 15)
+    return measure_noise(data=arguments.data, epochs=epochs, batches=16, draws=2)
+
+
+def _print(name: str, records: Iterable[dict[str, Any]], environment: dict[str, Any]) -> None:
+    records = list(records)
+    table = Table(title=f"{name} ({environment['processor']}, {environment['threads']} threads)", title_justify="left")
+    keys = [key for key in records[0] if key != "benchmark" and any(record.get(key) is not None for record in records)]
+    keys = list(dict.fromkeys([*keys, *(key for record in records for key in record if key.startswith("target"))]))
+    for key in keys:
+        table.add_column(key.replace("_", " "), justify="left" if key == "method" else "right")
+    for record in records:
+        table.add_row(*[_cell(record.get(key)) for key in keys])
+    Console().print(table)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Time of a whole training step: zero gradients, forward, loss, backward, optimiser."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import cheapgrad
+from benchmarks.interleaved import time_interleaved
+from benchmarks.vision_transformer import VisionTransformer
+from cheapgrad.sketch import RowSample
+
+# width, depth, examples -> speed-up to reach at each budget (tokens: 64).
+SHAPES: dict[tuple[int, int, int], dict[float, float | None]] = {
+    (384, 4, 32): {0.5: 1.35, 0.35: None, 0.25: 1.62},
+    (768, 2, 16): {0.5: 1.38, 0.35: None, 0.25: 1.74},
+}
+
+
+def measure_steps(*, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield one record per network and budget, the smaller batch of each budget beside it."""
+    for (width, depth, examples), targets in SHAPES.items():
+        model = VisionTransformer(width, depth)
+        inputs, labels = torch.randn(examples, 64, 48), torch.randint(0, 10, (examples,))
+        functions = {"exact": _step(copy.deepcopy(model), inputs, labels)}
+        functions["exact, forward only"] = _forward(copy.deepcopy(model), inputs, labels)
+        for keep in targets:
+            sketched = copy.deepcopy(model)
+            cheapgrad.approximate(sketched, cheapgrad.Rule(cotangent=RowSample(keep)))
+            functions[f"cotangent rows {keep}"] = _step(sketched, inputs, labels)
+            fewer = max(1, round(keep * examples))
+            functions[f"batch x {keep}"] = _step(copy.deepcopy(model), inputs[:fewer], labels[:fewer])
+        timings = time_interleaved(functions, reference="exact", rounds=rounds, label=f"step {width} x {depth}")
+        for name, timing in timings.items():
+            record = {"benchmark": "step", "width": width, "depth": depth, "examples": examples, "method": name}
+            record |= {"seconds": timing.seconds, "relative_cost": timing.ratio, "speed_up": 1 / timing.ratio}
+            keep = float(name.rsplit(" ", 1)[1]) if name.startswith("cotangent") else None
+            yield record | {"spread": timing.spread, "target_speed_up": targets.get(keep) if keep else None}
+
+
+def _step(model: nn.Module, inputs: Tensor, labels: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+
+    return run
+
+
+def _forward(model: nn.Module, inputs: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.nn.functional.cross_entropy(model(inputs), labels)

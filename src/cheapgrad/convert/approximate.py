@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from cheapgrad.convert.handle import Handle
 from cheapgrad.convert.layer_kinds import kind_of
 from cheapgrad.convert.layer_record import LayerRecord
+from cheapgrad.convert.obstacles import find_obstacle
 from cheapgrad.convert.rule import Rule
 from cheapgrad.convert.sketched_layer import Conversion, SketchedLayer, Switch, sketched_class
 from cheapgrad.convert.wrappers import unwrap
@@ -25,15 +25,36 @@ SMALL_INPUT = 32
 
 
 @dataclass
+class _Layer:
+    """A module with parameters of its own, and every name it is registered under."""
+
+    module: nn.Module
+    names: list[str]
+
+    def is_matched(self, rule: Rule) -> bool:
+        """Tell whether the rule applies to the module under any of its names."""
+        return any(rule.matches(name, self.module) for name in self.names)
+
+
+@dataclass
 class _Decision:
     """What is to happen to one module, before anything happens."""
 
-    name: str
-    module: nn.Module
+    layer: _Layer
     rule: Rule | None
     stored: AbstractStrategy | None = None
     cotangent: AbstractStrategy | None = None
     remark: str = ""
+
+    @property
+    def name(self) -> str:
+        """The module's first name."""
+        return self.layer.names[0]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self.layer.module
 
 
 def approximate(model: nn.Module, *rules: Rule, skip_small: bool = True) -> Handle:
@@ -71,7 +92,7 @@ def approximate(model: nn.Module, *rules: Rule, skip_small: bool = True) -> Hand
         raise ModelTypeError(f"model must be a torch.nn.Module, but got {model!r} of type {type(model).__name__}")
     _check_rules(rules)
     target = unwrap(model)
-    decisions = [_decide(name, module, rules, skip_small) for name, module in _layers(target)]
+    decisions = [_decide(layer, rules, skip_small) for layer in _layers(target)]
     _check_matches(rules, decisions)
     tied = _tied_names(target)
     switch = Switch()
@@ -97,25 +118,28 @@ def _check_rules(rules: tuple[Rule, ...]) -> None:
             raise RuleError(f"rules must be cheapgrad.Rule objects, but got {rule!r} of type {type(rule).__name__}")
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module that has parameters of its own."""
-    for name, module in model.named_modules():
+def _layers(model: nn.Module) -> list[_Layer]:
+    """Return every module that has parameters of its own, once."""
+    layers: dict[int, _Layer] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         if any(True for _ in module.parameters(recurse=False)):
-            yield name, module
+            layers.setdefault(id(module), _Layer(module, [])).names.append(name)
+    return list(layers.values())
 
 
-def _decide(name: str, module: nn.Module, rules: tuple[Rule, ...], skip_small: bool) -> _Decision:
-    rule = next((rule for rule in reversed(rules) if rule.matches(name, module)), None)
-    decision = _Decision(name, module, rule)
+def _decide(layer: _Layer, rules: tuple[Rule, ...], skip_small: bool) -> _Decision:
+    rule = next((rule for rule in reversed(rules) if layer.is_matched(rule)), None)
+    decision, module = _Decision(layer, rule), layer.module
     if rule is None:
         return decision
     if isinstance(module, SketchedLayer):
         raise ConversionError(
-            f"layer {name!r} is converted already; call handle.revert() first, or use patterns that do not overlap"
+            f"layer {decision.name!r} is converted already; "
+            "call handle.revert() first, or use patterns that do not overlap"
         )
     kind = kind_of(type(module))
-    if kind is None:
-        decision.remark = _why_unsupported(module)
+    decision.remark = _why_unsupported(module) if kind is None else find_obstacle(module)
+    if kind is None or decision.remark:
         return decision
     remarks = []
     for moment, strategy in ((Moment.STORED, rule.stored), (Moment.COTANGENT, rule.cotangent)):
@@ -132,8 +156,6 @@ def _decide(name: str, module: nn.Module, rules: tuple[Rule, ...], skip_small: b
 
 
 def _why_unsupported(module: nn.Module) -> str:
-    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return "unsupported: nn.MultiheadAttention reads this layer's weight without calling it"
     stock = next(
         (kind_of(base) for base in type(module).__mro__[1:] if issubclass(base, nn.Module) and kind_of(base)), None
     )
@@ -147,7 +169,8 @@ def _why_not(
 ) -> str:
     """Return why a strategy is left out for a layer, or an empty string."""
     inputs = sizes[0]
-    weight = module.get_parameter("weight")
+    # Not get_parameter: hooks such as pruning put a plain tensor in the place of the parameter.
+    weight: Tensor = module.weight  # type: ignore[assignment]
     if strategy.is_exact:
         return f"{moment.value}: full budget, stock code runs"
     if moment is Moment.STORED and not weight.requires_grad:
@@ -163,13 +186,14 @@ def _why_not(
 
 def _check_matches(rules: tuple[Rule, ...], decisions: list[_Decision]) -> None:
     for rule in rules:
-        matched = [decision for decision in decisions if rule.matches(decision.name, decision.module)]
+        matched = [decision for decision in decisions if decision.layer.is_matched(rule)]
         if any(kind_of(type(decision.module)) is not None for decision in matched):
             continue
         if matched:
             kinds = ", ".join(sorted({type(decision.module).__name__ for decision in matched}))
             raise NoMatchError(f"the rule for {rule.pattern!r} matches only layers that cannot be converted: {kinds}")
-        names = [decision.name for decision in decisions if kind_of(type(decision.module)) is not None]
+        layers = [decision.layer for decision in decisions if kind_of(type(decision.module)) is not None]
+        names = [name for layer in layers for name in layer.names]
         hint = nearest_match(rule.pattern, names) if isinstance(rule.pattern, str) else ""
         known = ", ".join(repr(name) for name in names[:8]) + (", ..." if len(names) > 8 else "")
         known = known or "none in this model"
@@ -204,9 +228,7 @@ def _record(decision: _Decision, tied: dict[int, list[str]]) -> LayerRecord:
 
 
 def _swap(decision: _Decision, switch: Switch) -> None:
-    module, rule = decision.module, decision.rule
-    if rule is None:
-        raise ConversionError(f"layer {decision.name!r} has no rule")
+    module = decision.module
     plan = Plan(
         decision.stored,
         decision.cotangent,
@@ -214,5 +236,5 @@ def _swap(decision: _Decision, switch: Switch) -> None:
         decision.cotangent.new_memory() if decision.cotangent else None,
     )
     original = type(module)
-    module.__dict__["_cheapgrad"] = Conversion(original, rule, plan, switch)
+    module.__dict__["_cheapgrad"] = Conversion(original, plan, switch)
     module.__class__ = sketched_class(original)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cheapgrad.convert.layer_record import LayerRecord
 from cheapgrad.convert.predictions import predict_sizes, predict_variances
-from cheapgrad.convert.sketched_layer import Probe, SketchedLayer, Switch
+from cheapgrad.convert.sketched_layer import Probe, SketchedLayer, Switch, sketched_class
 from cheapgrad.convert.summary import render_summary
 from cheapgrad.errors import ConversionError, ModelTypeError, ShapeError
 
@@ -58,12 +58,14 @@ class Handle:
         """Give every layer its original class back; the model is as it was before `approximate`.
 
         Raises:
-            ConversionError: if it was reverted already.
+            ConversionError: if it was reverted already, or another tool has swapped the class of a layer since.
         """
         self._check_live()
-        for _, module in self._converted():
-            conversion = module._cheapgrad
-            object.__setattr__(module, "__class__", conversion.original_class)
+        layers = list(self._converted())
+        for name, module in layers:
+            _check_own_class(name, module)
+        for _, module in layers:
+            object.__setattr__(module, "__class__", module._cheapgrad.original_class)
             del module.__dict__["_cheapgrad"]
         self._reverted = True
 
@@ -86,7 +88,8 @@ class Handle:
         for module in layers.values():
             module._cheapgrad.probe = Probe()
         try:
-            with torch.random.fork_rng(), torch.enable_grad():
+            # A compiled model runs eagerly here: the probes are side effects that no graph may hold.
+            with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(), torch.enable_grad():
                 gradients = self._gradients(closure)
             predictions = {name: predict_variances(module, gradients) for name, module in layers.items()}
         finally:
@@ -133,6 +136,15 @@ class Handle:
     def _check_live(self) -> None:
         if self._reverted:
             raise ConversionError("this handle was reverted already; call cheapgrad.approximate again")
+
+
+def _check_own_class(name: str, module: SketchedLayer) -> None:
+    own = sketched_class(module._cheapgrad.original_class)
+    if type(module) is not own:
+        raise ConversionError(
+            f"layer {name!r} is a {type(module).__name__} now, not the {own.__name__} that the conversion made: "
+            "another tool (fully_shard, a parametrization) has swapped its class since; undo that first"
+        )
 
 
 def _describe(value: Any) -> str:

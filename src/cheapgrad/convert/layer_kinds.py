@@ -24,7 +24,7 @@ class LayerKind:
         sizes: module to (input features, output features).
         shape: (module, input, output) to the `LayerShape` the laws are functions of.
         variance: ``(module, strategy, moment, input, cotangent, wants input gradient) -> Variance``.
-        parameters: names of the parameters that the sketched operation reads.
+        input_name: what the stock forward calls its first argument.
     """
 
     name: str
@@ -33,6 +33,7 @@ class LayerKind:
     sizes: Callable[[Any], tuple[int, int]]
     shape: Callable[[Any, Tensor, Tensor], LayerShape]
     variance: Callable[[Any, AbstractStrategy, Moment, Tensor, Tensor, bool], Variance]
+    input_name: str = "input"
 
 
 def _runs_stock_forward(stock: type[nn.Module]) -> Callable[[type[nn.Module]], bool]:
@@ -102,6 +103,7 @@ TRANSPOSED_LINEAR = LayerKind(
     variance=lambda module, strategy, moment, x, grad, wants_input: _matrix_variance(
         strategy, moment, x, grad, module.weight.detach().t() if wants_input else None
     ),
+    input_name="x",
 )
 
 KINDS: tuple[LayerKind, ...] = (LINEAR, TRANSPOSED_LINEAR)

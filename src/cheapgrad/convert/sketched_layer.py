@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from cheapgrad.convert.layer_kinds import LayerKind, kind_of
-from cheapgrad.convert.rule import Rule
 from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import LayerShape
 
@@ -35,7 +34,6 @@ class Conversion:
 
     Attributes:
         original_class: the class to go back to.
-        rule: the rule that converted it.
         plan: strategies and their running estimates.
         switch: shared on/off switch.
         shape: sizes seen in the last eager training forward, or None.
@@ -43,7 +41,6 @@ class Conversion:
     """
 
     original_class: type[nn.Module]
-    rule: Rule
     plan: Plan
     switch: Switch
     shape: LayerShape | None = None
@@ -66,10 +63,15 @@ class SketchedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the stock forward, with a sketched backward while training."""
         conversion = self._cheapgrad
+        if not args and conversion.kind.input_name in kwargs:
+            args = (kwargs.pop(conversion.kind.input_name),)
         if conversion.probe is not None:
             return _run_probed(self, conversion, *args, **kwargs)
-        x = args[0] if args else kwargs["input"]
-        if conversion.switch.exact_depth or not self.training or not torch.is_grad_enabled() or x.numel() == 0:
+        if conversion.switch.exact_depth or not self.training or not torch.is_grad_enabled():
+            return conversion.original_class.forward(self, *args, **kwargs)
+        # Without an input the stock forward says what is missing.
+        x = args[0] if args else None
+        if x is None or x.numel() == 0:
             return conversion.original_class.forward(self, *args, **kwargs)
         output = conversion.kind.run(self, conversion.plan, *args, **kwargs)
         if not torch.compiler.is_compiling():
@@ -89,13 +91,13 @@ class SketchedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by the original class, since sketched classes are made on demand."""
-        return _empty_sketched, (self._cheapgrad.original_class,), self.__dict__
+        return _empty_sketched, (self._cheapgrad.original_class,), self.__getstate__()
 
 
 def _run_probed(module: SketchedLayer, conversion: Conversion, *args: Any, **kwargs: Any) -> Tensor:
     probe = conversion.probe
-    x = args[0] if args else kwargs["input"]
     output = conversion.original_class.forward(module, *args, **kwargs)
+    x = args[0]
     if output.requires_grad and probe is not None:
         conversion.shape = conversion.kind.shape(module, x, output)
         held, wants_input = x.detach().clone(), x.requires_grad

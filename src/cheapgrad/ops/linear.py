@@ -130,7 +130,8 @@ def sketched_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, 
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Return the tensors in the dtype autocast would use, so that low-precision copies are what is saved."""
     device = next(tensor for tensor in tensors if tensor is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    # The meta device has no autocast, and asking for it there raises.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

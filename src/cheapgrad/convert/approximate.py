@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from cheapgrad.convert.handle import Handle
-from cheapgrad.convert.layer_kinds import kind_of
+from cheapgrad.convert.layer_kinds import LayerKind, kind_of
 from cheapgrad.convert.layer_record import LayerRecord
 from cheapgrad.convert.obstacles import find_obstacle
 from cheapgrad.convert.rule import Rule
@@ -20,8 +20,6 @@ from cheapgrad.sketch import AbstractStrategy, Moment
 
 # Below this many weights the draw costs more time than the smaller products save (`make bench` measures it).
 SMALL_WEIGHT = 128 * 128
-# Below this many input features what is stored of X is too little to bother.
-SMALL_INPUT = 32
 
 
 @dataclass
@@ -146,7 +144,7 @@ def _decide(layer: _Layer, rules: tuple[Rule, ...], skip_small: bool) -> _Decisi
         if strategy is None:
             continue
         strategy.check_layer(*kind.sizes(module), moment)
-        reason = _why_not(module, kind.sizes(module), strategy, moment, skip_small)
+        reason = _why_not(module, kind, strategy, moment, skip_small)
         if reason:
             remarks.append(reason)
         else:
@@ -164,11 +162,9 @@ def _why_unsupported(module: nn.Module) -> str:
     return f"unsupported: no sketched operation for {type(module).__name__}"
 
 
-def _why_not(
-    module: nn.Module, sizes: tuple[int, int], strategy: AbstractStrategy, moment: Moment, skip_small: bool
-) -> str:
+def _why_not(module: nn.Module, kind: LayerKind, strategy: AbstractStrategy, moment: Moment, skip_small: bool) -> str:
     """Return why a strategy is left out for a layer, or an empty string."""
-    inputs = sizes[0]
+    inputs = kind.sizes(module)[0]
     # Not get_parameter: hooks such as pruning put a plain tensor in the place of the parameter.
     weight: Tensor = module.weight  # type: ignore[assignment]
     if strategy.is_exact:
@@ -179,8 +175,8 @@ def _why_not(
         return ""
     if moment is Moment.COTANGENT and weight.numel() < SMALL_WEIGHT:
         return f"too small to pay: {weight.numel()} weights, under {SMALL_WEIGHT} (skip_small=False converts it)"
-    if moment is Moment.STORED and inputs < SMALL_INPUT:
-        return f"too small to pay: {inputs} input features, under {SMALL_INPUT} (skip_small=False converts it)"
+    if moment is Moment.STORED and inputs < kind.least_inputs:
+        return f"too small to pay: {inputs} input features, under {kind.least_inputs} (skip_small=False converts it)"
     return ""
 
 

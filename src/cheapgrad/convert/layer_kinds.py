@@ -8,9 +8,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cheapgrad.ops.convolution import ConvolutionConfig, sketched_convolution
+from cheapgrad.ops.convolution_law import (
+    ConvolutionShape,
+    convolution_flops,
+    convolution_saved_bytes,
+    convolution_variance,
+)
 from cheapgrad.ops.linear import sketched_linear
 from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import AbstractStrategy, LayerShape, Moment, Variance
+from cheapgrad.sketch.law import dense_bytes, dense_flops
 
 
 @dataclass(frozen=True)
@@ -22,18 +30,24 @@ class LayerKind:
         accepts: tells whether a module's class is of this kind (its forward is the stock one).
         run: ``(module, plan, *inputs) -> output``, bit-identical to the stock forward.
         sizes: module to (input features, output features).
-        shape: (module, input, output) to the `LayerShape` the laws are functions of.
+        shape: (module, input, output) to the sizes that costs are functions of.
+        flops: (strategy or None for exact, moment, sizes) to the FLOPs of dX and dW.
+        saved_bytes: (strategy or None for exact, moment, sizes) to the bytes held in place of X.
         variance: ``(module, strategy, moment, input, cotangent, wants input gradient) -> Variance``.
         input_name: what the stock forward calls its first argument.
+        least_inputs: below this many input features what is stored of X is too little to bother.
     """
 
     name: str
     accepts: Callable[[type[nn.Module]], bool]
     run: Callable[..., Tensor]
     sizes: Callable[[Any], tuple[int, int]]
-    shape: Callable[[Any, Tensor, Tensor], LayerShape]
+    shape: Callable[[Any, Tensor, Tensor], Any]
+    flops: Callable[[AbstractStrategy | None, Moment, Any], float]
+    saved_bytes: Callable[[AbstractStrategy | None, Moment, Any], float]
     variance: Callable[[Any, AbstractStrategy, Moment, Tensor, Tensor, bool], Variance]
     input_name: str = "input"
+    least_inputs: int = 0
 
 
 def _runs_stock_forward(stock: type[nn.Module]) -> Callable[[type[nn.Module]], bool]:
@@ -66,6 +80,14 @@ def _matrix_variance(
     )
 
 
+def _matrix_flops(strategy: AbstractStrategy | None, moment: Moment, shape: LayerShape) -> float:
+    return dense_flops(shape) if strategy is None else strategy.law.flops(shape, moment)
+
+
+def _matrix_bytes(strategy: AbstractStrategy | None, moment: Moment, shape: LayerShape) -> float:
+    return dense_bytes(shape) if strategy is None else strategy.law.saved_bytes(shape, moment)
+
+
 def _linear_variance(
     module: Any, strategy: AbstractStrategy, moment: Moment, x: Tensor, grad: Tensor, wants_input: bool
 ) -> Variance:
@@ -78,6 +100,9 @@ LINEAR = LayerKind(
     run=_run_linear,
     sizes=lambda module: (module.in_features, module.out_features),
     shape=_matrix_shape,
+    flops=_matrix_flops,
+    saved_bytes=_matrix_bytes,
+    least_inputs=32,
     variance=_linear_variance,
 )
 
@@ -100,13 +125,51 @@ TRANSPOSED_LINEAR = LayerKind(
     run=_run_transposed_linear,
     sizes=lambda module: (module.weight.shape[0], module.weight.shape[1]),
     shape=_matrix_shape,
+    flops=_matrix_flops,
+    saved_bytes=_matrix_bytes,
+    least_inputs=32,
     variance=lambda module, strategy, moment, x, grad, wants_input: _matrix_variance(
         strategy, moment, x, grad, module.weight.detach().t() if wants_input else None
     ),
     input_name="x",
 )
 
-KINDS: tuple[LayerKind, ...] = (LINEAR, TRANSPOSED_LINEAR)
+
+def _run_convolution(module: Any, plan: Plan, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+    config = ConvolutionConfig.from_module(module, input, output_size)
+    return sketched_convolution(input, module.weight, module.bias, config, plan)
+
+
+def _convolution_shape(module: Any, x: Tensor, output: Tensor) -> ConvolutionShape:
+    return ConvolutionShape.of(x, module.weight, ConvolutionConfig.from_module(module))
+
+
+def _convolution_variance(
+    module: Any, strategy: AbstractStrategy, moment: Moment, x: Tensor, grad: Tensor, wants_input: bool
+) -> Variance:
+    config = ConvolutionConfig.from_module(module)
+    return convolution_variance(strategy, moment, x, module.weight.detach(), grad, config)
+
+
+def _convolution_kind(stock: type[nn.Module]) -> LayerKind:
+    return LayerKind(
+        name=stock.__name__,
+        accepts=_runs_stock_forward(stock),
+        run=_run_convolution,
+        sizes=lambda module: (module.in_channels, module.out_channels),
+        shape=_convolution_shape,
+        flops=convolution_flops,
+        saved_bytes=convolution_saved_bytes,
+        variance=_convolution_variance,
+    )
+
+
+CONVOLUTIONS = tuple(
+    _convolution_kind(stock)
+    for stock in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+)
+
+KINDS: tuple[LayerKind, ...] = (LINEAR, TRANSPOSED_LINEAR, *CONVOLUTIONS)
 
 
 def kind_of(cls: type[nn.Module]) -> LayerKind | None:

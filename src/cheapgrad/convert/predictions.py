@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from cheapgrad.convert.sketched_layer import Conversion, SketchedLayer
-from cheapgrad.sketch import AbstractStrategy, LayerShape, Moment
-from cheapgrad.sketch.law import dense_bytes, dense_flops
+from cheapgrad.sketch import AbstractStrategy, Moment
 
 
 def _strategies(conversion: Conversion) -> list[tuple[AbstractStrategy, Moment]]:
@@ -20,33 +19,27 @@ def _strategies(conversion: Conversion) -> list[tuple[AbstractStrategy, Moment]]
 def predict_sizes(module: SketchedLayer) -> dict[str, float | None]:
     """Return bytes and FLOPs for the sizes last seen, as fields of a `LayerRecord`."""
     conversion = module._cheapgrad
-    shape = conversion.shape
+    kind, shape = conversion.kind, conversion.shape
     if shape is None:
         return {}
     return {
-        "exact_saved_bytes": dense_bytes(shape),
-        "saved_bytes": _saved_bytes(conversion, shape),
-        "exact_backward_flops": dense_flops(shape),
-        "backward_flops": _flops(conversion, shape),
+        "exact_saved_bytes": kind.saved_bytes(None, Moment.STORED, shape),
+        "saved_bytes": kind.saved_bytes(conversion.plan.stored, Moment.STORED, shape),
+        "exact_backward_flops": kind.flops(None, Moment.COTANGENT, shape),
+        "backward_flops": _flops(conversion),
     }
 
 
-def _saved_bytes(conversion: Conversion, shape: LayerShape) -> float:
-    stored = conversion.plan.stored
-    return dense_bytes(shape) if stored is None else stored.law.saved_bytes(shape, Moment.STORED)
-
-
-def _flops(conversion: Conversion, shape: LayerShape) -> float:
-    """Return the least of the exact FLOPs and each strategy's; where both act, dX and dW are counted apart."""
-    stored, cotangent = conversion.plan.stored, conversion.plan.cotangent
-    half = dense_flops(shape) / 2
-    if stored is None or cotangent is None:
+def _flops(conversion: Conversion) -> float:
+    """Return the FLOPs of dX and dW; where both strategies act, the two products are counted apart."""
+    kind, shape, plan = conversion.kind, conversion.shape, conversion.plan
+    if plan.stored is None or plan.cotangent is None:
         strategy, moment = _strategies(conversion)[0]
-        return strategy.law.flops(shape, moment)
+        return kind.flops(strategy, moment, shape)
     # The cotangent's sketch serves dX; dW takes the cheaper of the two, since a row sketch is not drawn twice.
-    cotangent_flops = cotangent.law.flops(shape, Moment.COTANGENT)
-    stored_flops = stored.law.flops(shape, Moment.STORED)
-    return cotangent_flops / 2 + min(cotangent_flops / 2, stored_flops - half)
+    exact_input = kind.flops(None, Moment.COTANGENT, shape) / 2
+    of_cotangent = kind.flops(plan.cotangent, Moment.COTANGENT, shape) / 2
+    return of_cotangent + min(of_cotangent, kind.flops(plan.stored, Moment.STORED, shape) - exact_input)
 
 
 def predict_variances(module: SketchedLayer, gradients: dict[int, Tensor]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from cheapgrad.convert.layer_kinds import LayerKind, kind_of
 from cheapgrad.ops.plan import Plan
-from cheapgrad.sketch import LayerShape
 
 
 class Switch:
@@ -43,7 +42,7 @@ class Conversion:
     original_class: type[nn.Module]
     plan: Plan
     switch: Switch
-    shape: LayerShape | None = None
+    shape: Any = None
     probe: Probe | None = field(default=None, compare=False)
 
     @property

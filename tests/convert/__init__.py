@@ -1,0 +1,1 @@
+"""Tests of conversion: rules, class swap, handle."""

@@ -64,8 +64,9 @@ def water_filling(scores: Tensor, count: int) -> Tensor:
     certain, tail = _certain_count_and_tail(scores, count)
     # Nothing left in the tail: what remains of the budget goes to the atoms of score zero, in equal parts.
     zeros = (scores == 0).sum(-1, keepdim=True)
-    equal_share = torch.where(scores > 0, 1.0, (count - certain) / zeros.clamp(min=1))
-    proportional = scores * ((count - certain) / torch.where(tail > 0, tail, 1.0))
+    equal_share = torch.where(scores > 0, 1.0, (count - certain).double() / zeros.clamp(min=1))
+    # The share first: the inverse of a denormal tail would be infinite.
+    proportional = scores / torch.where(tail > 0, tail, 1.0) * (count - certain)
     return torch.where(tail > 0, proportional, equal_share).clamp(max=1.0)
 
 

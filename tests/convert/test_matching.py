@@ -83,9 +83,7 @@ def remark_of(model, name, *, skip_small=False, **strategies):
 
 def test_skip_reason_frozen():
     model = nn.Sequential(nn.Linear(64, 64).requires_grad_(False))
-    assert remark_of(model, "0", stored=StochasticRounding(4)) == (
-        "frozen: PyTorch keeps no input of a frozen layer"
-    )
+    assert remark_of(model, "0", stored=StochasticRounding(4)) == ("frozen: PyTorch keeps no input of a frozen layer")
 
 
 def test_a_frozen_layer_may_still_sketch_the_cotangent_it_passes_on():

@@ -47,7 +47,7 @@ class _SketchedLinear(torch.autograd.Function):
         with torch.no_grad():
             stored, grad_NO = _as_matrices(ctx, plan, kept, grad)
             plan.observe(grad_NO, ctx.examples)
-            grad_input, grad_weight = _products(plan, stored, grad_NO, weight, ctx.examples)
+            grad_input, grad_weight = _products(plan, stored, kept, grad_NO, weight, ctx.examples)
             grad_bias = grad_NO.sum(0) if ctx.needs_input_grad[2] else None
             if grad_input is not None:
                 grad_input = grad_input.view(ctx.input_shape)
@@ -79,24 +79,30 @@ def _as_matrices(
 
 
 def _products(
-    plan: Plan, stored: AbstractStoredMatrix | None, grad_NO: Tensor, weight_OI: Tensor | None, examples: int
+    plan: Plan,
+    stored: AbstractStoredMatrix | None,
+    kept: tuple[Tensor, ...],
+    grad_NO: Tensor,
+    weight_OI: Tensor | None,
+    examples: int,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return dX ``[N, I]`` and dW ``[O, I]``, each None where it is not needed."""
-    if plan.cotangent is None:
-        grad_input = grad_NO @ weight_OI if weight_OI is not None else None
-        if stored is None:
-            return grad_input, None
-        grad_weight = stored.contract(grad_NO)
-        return grad_input, grad_weight.add_(poison(grad_NO)) if stored.sketches_rows else grad_weight
-    drawn = plan.draw(Operands(Moment.COTANGENT, stored, grad_NO, weight_OI, examples))
-    grad_input = drawn.input_gradient(weight_OI) if weight_OI is not None else None
+    drawn = None
+    if plan.cotangent is not None:
+        drawn = plan.draw(Operands(Moment.COTANGENT, stored, grad_NO, weight_OI, examples))
+    grad_input = None
+    if weight_OI is not None:
+        grad_input = drawn.input_gradient(weight_OI) if drawn is not None else grad_NO @ weight_OI
     if stored is None:
         return grad_input, None
-    grad_weight = drawn.weight_gradient(stored)
+    grad_weight = drawn.weight_gradient(stored) if drawn is not None else stored.contract(grad_NO)
+    # Rows that one of the factors left out may hold a NaN in the other.
     if stored.sketches_rows:
         grad_weight.add_(poison(grad_NO))
-    elif isinstance(drawn, DrawnRows) and isinstance(stored, DenseMatrix):
-        grad_weight.add_(poison(stored.dense()))
+    elif isinstance(drawn, DrawnRows):
+        for tensor in kept:
+            if tensor.is_floating_point():
+                grad_weight.add_(poison(tensor))
     return grad_input, grad_weight
 
 

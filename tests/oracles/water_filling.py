@@ -17,7 +17,7 @@ def variance(probabilities: np.ndarray, scores: np.ndarray) -> float:
 
 
 def solve(scores: np.ndarray, count: int) -> tuple[np.ndarray, float]:
-    """Minimise ``sum (1 / p - 1) s**2`` subject to ``sum p = count``, ``0 < p <= 1`` by sequential quadratic programming.
+    """Minimise ``sum (1 / p - 1) s**2`` subject to ``sum p <= count``, ``p <= 1`` by sequential quadratic programming.
 
     In the variables ``log p``, where the problem stays convex and the solver sees no pole.
     """
@@ -45,7 +45,7 @@ def solve(scores: np.ndarray, count: int) -> tuple[np.ndarray, float]:
 
 
 def try_every_certain_set(scores: np.ndarray, count: int) -> float:
-    """Return the least variance over all sets that could be certain, the others sharing in proportion to their score."""
+    """Return the least variance over all sets that could be certain, the others sharing in proportion to score."""
     best = np.inf
     size = len(scores)
     for certain_size in range(count + 1):

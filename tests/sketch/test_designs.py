@@ -1,0 +1,161 @@
+"""Sampling designs, by enumeration of every outcome: no statistics, float64, relative tolerance 1e-12."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cheapgrad.sketch import Pivotal, Poisson, Systematic, WinnerTakeAll, WithReplacement, random, water_filling
+from tests.sketch.enumeration import enumerate_design
+
+SCORES = {
+    "flat 4": [1.0, 1.0, 1.0, 1.0],
+    "flat 6": [1.0] * 6,
+    "skewed 5": [5.0, 2.0, 1.0, 0.5, 0.25],
+    "skewed 6": [1.0, 2.0, 3.0, 4.0, 5.0, 6.5],
+    "duplicates 6": [2.0, 2.0, 1.0, 1.0, 1.0, 0.3],
+    "dominant 5": [100.0, 1.0, 2.0, 1.5, 0.7],
+    "zeros 5": [0.0, 2.0, 0.0, 1.0, 3.0],
+    "one 1": [2.0],
+    "two 2": [2.0, 1.0],
+}
+LARGE = {
+    "skewed 7": [0.3, 1.0, 2.2, 3.1, 4.0, 0.9, 1.7],
+    "skewed 8": [0.3, 1.0, 2.2, 3.1, 4.0, 0.9, 1.7, 0.2],
+    "flat 8": [1.0] * 8,
+}
+FIXED = (Systematic(), Pivotal())
+FREE = (Poisson(), WithReplacement(), WinnerTakeAll())
+
+
+def _cases(designs, table, counts=None):
+    for design in designs:
+        for name, scores in table.items():
+            for count in counts or range(1, len(scores) + 1):
+                if not (isinstance(design, (WithReplacement, WinnerTakeAll)) and len(scores) ** count > 5000):
+                    yield pytest.param(design, scores, count, id=f"{design!r}, {name}, {count}")
+
+
+SMALL_CASES = [*_cases(FIXED, SCORES), *_cases(FREE, SCORES)]
+LARGE_CASES = [*_cases((Systematic(),), LARGE, (3,)), *_cases((Poisson(),), LARGE, (3,))]
+
+
+def _atoms(scores):
+    """Return atoms ``[n, 4]`` that are correlated, and zero where the score is: then every design is unbiased."""
+    generator = np.random.default_rng(7)
+    atoms = generator.normal(size=(len(scores), 4)) + 2.0 * generator.normal(size=(1, 4))
+    return atoms * (np.array(scores)[:, None] > 0)
+
+
+@pytest.mark.parametrize(("design", "scores", "count"), [*SMALL_CASES, *LARGE_CASES])
+def test_probability_mean_and_variance_are_exact(design, scores, count, monkeypatch):
+    scores = torch.tensor(scores, dtype=torch.float64)
+    outcomes = enumerate_design(design, scores, count, monkeypatch)
+    assert outcomes.chances.sum() == pytest.approx(1, rel=1e-12)
+
+    atoms = _atoms(scores)
+    truth = atoms.sum(0)
+    estimates = outcomes.weights @ atoms
+    np.testing.assert_allclose(outcomes.chances @ estimates, truth, rtol=1e-12, atol=1e-13)
+
+    measured = outcomes.chances @ ((estimates - truth) ** 2).sum(1)
+    atoms = torch.as_tensor(atoms)
+    stated = design.variance(atoms.square().sum(1), scores, count, lambda weights: (weights @ atoms).square().sum())
+    scale = float(atoms.square().sum())
+    assert float(stated) == pytest.approx(measured, rel=1e-12, abs=1e-13 * scale)
+
+
+@pytest.mark.parametrize(("design", "scores", "count"), [*_cases(FIXED, SCORES), *_cases((Systematic(),), LARGE, (3,))])
+def test_fixed_designs_have_the_size_and_the_marginals(design, scores, count, monkeypatch):
+    scores = torch.tensor(scores, dtype=torch.float64)
+    outcomes = enumerate_design(design, scores, count, monkeypatch)
+    assert (outcomes.sizes == count).all()
+    marginals = outcomes.chances @ (outcomes.weights > 0)
+    np.testing.assert_allclose(marginals, water_filling(scores, count), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("design", "scores", "count"), [*_cases(FIXED, SCORES), *_cases((Systematic(),), LARGE, (3,))])
+def test_joint_inclusion_is_exact(design, scores, count, monkeypatch):
+    scores = torch.tensor(scores, dtype=torch.float64)
+    outcomes = enumerate_design(design, scores, count, monkeypatch)
+    drawn = outcomes.weights > 0
+    measured = (drawn * outcomes.chances[:, None]).T @ drawn
+    np.testing.assert_allclose(design.joint_inclusion(water_filling(scores, count)), measured, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(("design", "scores", "count"), _cases((Poisson(),), SCORES))
+def test_poisson_has_the_marginals_and_the_mean_size(design, scores, count, monkeypatch):
+    scores = torch.tensor(scores, dtype=torch.float64)
+    outcomes = enumerate_design(design, scores, count, monkeypatch)
+    marginals = outcomes.chances @ (outcomes.weights > 0)
+    np.testing.assert_allclose(marginals, water_filling(scores, count), rtol=1e-12, atol=1e-15)
+    assert outcomes.chances @ outcomes.sizes == pytest.approx(min(count, len(scores)), rel=1e-12)
+
+
+def test_winner_take_all_keeps_its_head_in_every_outcome(monkeypatch):
+    scores = torch.tensor([9.0, 1.0, 8.0, 1.0, 2.0], dtype=torch.float64)
+    outcomes = enumerate_design(WinnerTakeAll(), scores, 4, monkeypatch)
+    np.testing.assert_array_equal(outcomes.weights[:, [0, 2]], 1.0)
+
+
+@pytest.mark.parametrize("design", FIXED, ids=repr)
+def test_no_fixed_design_beats_water_filling_and_ours_reach_it_on_orthogonal_atoms(design, monkeypatch):
+    scores = torch.tensor(SCORES["skewed 6"], dtype=torch.float64)
+    outcomes = enumerate_design(design, scores, 3, monkeypatch)
+    atoms = np.diag(scores.numpy())
+    errors = ((outcomes.weights @ atoms - scores.numpy()) ** 2).sum(1)
+    probabilities = water_filling(scores, 3)
+    optimum = float(((1 / probabilities - 1) * scores**2).sum())
+    assert outcomes.chances @ errors == pytest.approx(optimum, rel=1e-12)
+
+
+@pytest.mark.parametrize("design", FIXED, ids=repr)
+@pytest.mark.parametrize("size", [9, 12, 30])
+@pytest.mark.parametrize("flat", [True, False])
+def test_beyond_enumeration_the_variance_is_exact_for_flat_scores_and_for_orthogonal_atoms(design, size, flat):
+    generator = torch.Generator().manual_seed(size)
+    count = size // 3
+    scores = torch.ones(size, dtype=torch.float64) if flat else 0.1 + torch.rand(size, generator=generator).double()
+    probabilities = water_filling(scores, count)
+    if flat:
+        # Simple random sampling: the textbook variance, with the finite-population correction.
+        atoms = torch.randn(size, 3, generator=generator, dtype=torch.float64) + 1
+        spread = (atoms - atoms.mean(0)).square().sum() / (size - 1)
+        truth = size**2 * (1 - count / size) * spread / count
+    else:
+        atoms = torch.diag(scores)
+        truth = ((1 / probabilities - 1) * scores**2).sum()
+    stated = design.variance(atoms.square().sum(1), scores, count, lambda weights: (weights @ atoms).square().sum())
+    assert float(stated) == pytest.approx(float(truth), rel=1e-9)
+
+
+@pytest.mark.parametrize("design", [*FIXED, *FREE], ids=repr)
+def test_several_draws_at_once_equal_single_draws_from_the_same_numbers(design, monkeypatch):
+    scores = torch.rand(3, 6, dtype=torch.float64)
+    numbers = torch.rand(3, 64, dtype=torch.float64)
+
+    def fed(like, shape, *, double=True, generator=None):
+        return numbers[row, : shape[-1]] if row is not None else numbers[:, : shape[-1]]
+
+    monkeypatch.setattr(random, "uniform", fed)
+    row = None
+    together = design.draw(scores, 3)
+    for row in range(3):
+        single = design.draw(scores[row], 3)
+        expected = torch.zeros(6, dtype=torch.float64).index_add(0, single.index_K, single.weight_K)
+        found = torch.zeros(6, dtype=torch.float64).index_add(0, together.index_K[row], together.weight_K[row])
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+
+
+# The first and last number of the door where ranks are folded in.
+@pytest.mark.parametrize("start", [2.0**-33, 1 - 2.0**-33])
+@pytest.mark.parametrize("seed", range(20))
+def test_the_ends_of_the_unit_interval_keep_systematic_at_its_size(start, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(200, generator=generator, dtype=torch.float64) ** 6
+    probabilities = water_filling(scores, 37)
+    keys = torch.rand(200, generator=generator, dtype=torch.float64)
+    index = Systematic().select(probabilities, (keys, torch.tensor([start], dtype=torch.float64)), 37)
+    assert index.unique().shape == (37,)
+    assert (probabilities[index] > 0).all()

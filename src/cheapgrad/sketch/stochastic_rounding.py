@@ -51,7 +51,7 @@ class StochasticRounding(AbstractStrategy):
     group: int = 64
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in _ALLOWED_BITS:
+        if not isinstance(self.bits, int) or self.bits not in _ALLOWED_BITS:
             raise BudgetError(f"bits must be 2, 4 or 8, but got {self.bits!r}; 4 bits suit most networks")
         check_count("group", self.group, minimum=8)
         if self.group % 8:

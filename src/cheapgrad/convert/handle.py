@@ -91,7 +91,8 @@ class Handle:
             # A compiled model runs eagerly here: the probes are side effects that no graph may hold.
             with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(), torch.enable_grad():
                 gradients = self._gradients(closure)
-            predictions = {name: predict_variances(module, gradients) for name, module in layers.items()}
+                # Inside too: some laws draw, such as that of a lazily refreshed basis.
+                predictions = {name: predict_variances(module, gradients) for name, module in layers.items()}
         finally:
             for module in layers.values():
                 module._cheapgrad.probe = None

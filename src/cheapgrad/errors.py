@@ -35,6 +35,10 @@ class UnknownNameError(CheapgradError, ValueError):
     """A name (of a strategy, a method, ...) is not known; the message names the nearest one."""
 
 
+class StrategyTextError(CheapgradError, ValueError):
+    """A text that should describe a strategy, such as an option of the command line, is not of the right form."""
+
+
 class ModelTypeError(CheapgradError, TypeError):
     """Something that is not a `torch.nn.Module` was given where a model is expected."""
 

@@ -41,10 +41,11 @@ class MethodRecord:
         held_bytes: bytes held for backward by a training step.
         held_bytes_fraction: the same, divided by that of the exact method.
         predicted_relative_variance: ``E‖ĝ − g‖² / ‖g‖²`` by the laws, or None if they do not say.
-        measured_relative_variance: the same, measured.
+        measured_relative_variance: the same, measured; None, as all that follows from draws, for a batch larger than
+            the exact method's, which adds no variance but removes some.
         measured_relative_variance_standard_error: of the measured one.
-        noise_fraction: added variance divided by the variance of the mini-batch gradient.
-        draws: gradients drawn for the variance and the bias.
+        noise_fraction: added variance divided by that of the mini-batch gradient; negative for a larger batch.
+        draws: gradients drawn for the variance and the bias, 0 for a larger batch.
         max_abs_z: largest z-score of the bias.
         band: largest z-score that chance explains.
         detectable_relative_bias: error of scale that would have been found.
@@ -64,13 +65,13 @@ class MethodRecord:
     held_bytes: int
     held_bytes_fraction: float
     predicted_relative_variance: float | None
-    measured_relative_variance: float
-    measured_relative_variance_standard_error: float
+    measured_relative_variance: float | None
+    measured_relative_variance_standard_error: float | None
     noise_fraction: float
     draws: int
-    max_abs_z: float
-    band: float
-    detectable_relative_bias: float
+    max_abs_z: float | None
+    band: float | None
+    detectable_relative_bias: float | None
     unbiased: bool
     remark: str = ""
 

@@ -27,11 +27,15 @@ def print_tables(record: DemoRecord, console: Console) -> None:
     """
     for model in record.models:
         console.print(_make_table(model, len(record.seeds)))
-    strategies = [method for model in record.models for method in model.methods if method.kind != "exact"]
-    if strategies:
-        bands = sorted({_format_z(method.band) for method in strategies})
+        for method in model.methods:
+            if method.remark:
+                console.print(f"  {method.label}: {method.remark}", style="dim", highlight=False)
+        console.print()
+    drawn = [method for model in record.models for method in model.methods if method.kind != "exact" and method.draws]
+    if drawn:
+        bands = sorted({_format_z(method.band) for method in drawn})
         chance = bands[0] if len(bands) == 1 else f"up to {bands[0]} – {bands[-1]}"
-        console.print(_LEGEND.format(draws=strategies[0].draws, bands=chance), highlight=False)
+        console.print(_LEGEND.format(draws=drawn[0].draws, bands=chance), highlight=False)
 
 
 def _make_table(model: ModelRecord, seeds: int) -> Table:
@@ -76,7 +80,7 @@ def _format_row(method: MethodRecord) -> list[str]:
         accuracy,
         time,
         held,
-        "–" if method.predicted_relative_variance is None else _format_variance(method.predicted_relative_variance),
+        _format_variance(method.predicted_relative_variance),
         _format_variance(method.measured_relative_variance),
         _format_variance(method.noise_fraction),
         f"{method.cost_times_noise:.2f}",
@@ -84,14 +88,18 @@ def _format_row(method: MethodRecord) -> list[str]:
     ]
 
 
-def _format_variance(value: float) -> str:
+def _format_variance(value: float | None) -> str:
+    if value is None:
+        return "–"
     if value == 0:
         return "0"
-    return f"{value:.3f}" if 1e-3 <= value < 10 else f"{value:.1e}" if value < 1e-3 else f"{value:.1f}"
+    if abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def _format_z(value: float) -> str:
-    return f"{value:.1f}"
+def _format_z(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
 
 
 def format_bytes(count: float) -> str:

@@ -41,17 +41,18 @@ def _for_each_model(record: DemoRecord, write: Callable[[ModelRecord], str]) -> 
 
 
 def _on_bias(record: DemoRecord) -> str:
-    methods = [method for model in record.models for method in model.methods if method.kind != "exact"]
+    methods = [method for model in record.models for method in model.methods if method.kind != "exact" and method.draws]
     biased = [f"{method.label} (z = {method.max_abs_z:.1f})" for method in methods if not method.unbiased]
     if biased:
         return f"Bias: FOUND in {', '.join(biased)}; these gradients are wrong on average."
-    if not methods:
+    audits = [(method.max_abs_z, method.band) for method in methods if method.max_abs_z is not None and method.band]
+    if not audits:
         return "Bias: nothing but the exact method was run."
-    closest = max(methods, key=lambda method: method.max_abs_z / method.band)
-    blindest = max(method.detectable_relative_bias for method in methods)
+    z, band = max(audits, key=lambda audit: audit[0] / audit[1])
+    blindest = max(method.detectable_relative_bias or 0.0 for method in methods)
     return (
-        f"Bias: none found in {len(methods)} methods; the largest z is {closest.max_abs_z:.1f} where chance explains "
-        f"{closest.band:.1f}, and a gradient {100 * blindest:.0f} % too long or too short would have been seen in each."
+        f"Bias: none found in {len(methods)} methods; the largest z is {z:.1f} where chance explains {band:.1f}, and a "
+        f"gradient {100 * blindest:.0f} % too long or too short would have been seen in each."
     )
 
 
@@ -60,7 +61,7 @@ def _on_prediction(record: DemoRecord) -> str:
         method.measured_relative_variance / method.predicted_relative_variance
         for model in record.models
         for method in _strategies(model)
-        if method.predicted_relative_variance
+        if method.predicted_relative_variance and method.measured_relative_variance is not None
     ]
     if not ratios:
         return "Prediction: no strategy predicted a variance."

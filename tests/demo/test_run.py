@@ -1,0 +1,120 @@
+"""The demo from beginning to end, on a network that trains in a moment."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from cheapgrad.demo import DemoSettings, DigitsMLP, Method, run_demo
+from cheapgrad.demo.setups import Setup
+from cheapgrad.errors import BudgetError, MissingExtraError
+from cheapgrad.reporting import DemoRecord
+from cheapgrad.sketch import LowRank, RowSample, StochasticRounding
+
+TINY = Setup("tiny", "64 - 16 - 16 - 10", lambda: DigitsMLP(16), 32, 4, 1e-2, 24)
+METHODS = (
+    Method("rows .5", "rows", cotangent=RowSample(keep=0.5)),
+    Method("rows .25", "rows", cotangent=RowSample(keep=0.25), budget=1),
+    Method("4 bits", "bits", stored=StochasticRounding(bits=4)),
+)
+
+
+def settings(**changes):
+    return DemoSettings(**{"seeds": 2, "draws": 16, "rounds": 1, "strategies": METHODS, "setups": (TINY,), **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("demo")
+    stream = io.StringIO()
+    record = run_demo(directory / "new", settings(), Console(file=stream, width=120))
+    return directory / "new", record, stream.getvalue()
+
+
+def test_files_are_left_and_nothing_else(finished):
+    directory, record, _ = finished
+    assert sorted(path.name for path in directory.iterdir()) == ["demo.json", "demo.png"]
+    assert DemoRecord.from_dict(json.loads((directory / "demo.json").read_text())).models == record.models
+    assert Image.open(directory / "demo.png").width > 1000
+
+
+def test_exact_comes_first_then_batches_then_strategies(finished):
+    (model,) = finished[1].models
+    assert [method.kind for method in model.methods][:2] == ["exact", "batch"]
+    assert [method.label for method in model.methods if method.kind == "strategy"] == ["rows .5", "rows .25", "4 bits"]
+    exact = model.exact
+    assert (exact.step_time_fraction, exact.held_bytes_fraction, exact.noise_fraction) == (1, 1, 0)
+    assert model.parameters == 64 * 16 + 16 + 16 * 16 + 16 + 16 * 10 + 10
+
+
+def test_equal_batches_name_the_strategy_they_equal(finished):
+    batches = [method for method in finished[1].models[0].methods if method.kind == "batch"]
+    assert 1 <= len(batches) <= 2
+    for batch in batches:
+        assert any(method.label in batch.remark for method in METHODS)
+
+
+def test_every_method_was_measured(finished):
+    for method in finished[1].models[0].methods:
+        assert len(method.accuracies) == 2
+        assert method.step_seconds > 0
+        assert method.held_bytes > 0
+        if method.kind == "strategy":
+            assert method.draws == 16
+            assert method.measured_relative_variance > 0
+            assert method.predicted_relative_variance > 0
+    bits = finished[1].models[0].methods[-1]
+    assert bits.held_bytes_fraction < 1
+
+
+def test_progress_is_told_in_a_log_too(finished):
+    text = finished[2]
+    for phase in ("equal batches", "step times", "variance and bias", "training"):
+        assert f"tiny: {phase} ..." in text
+
+
+def test_environment_and_seeds_are_recorded(finished):
+    written = json.loads((finished[0] / "demo.json").read_text())
+    assert written["seeds"] == [0, 1]
+    assert written["environment"]["torch"] == torch.__version__
+    assert written["provenance"]["held_bytes"].startswith("measured")
+    assert written["provenance"]["predicted_relative_variance"].startswith("modelled")
+
+
+def test_global_state_is_left_alone(tmp_path):
+    threads = torch.get_num_threads()
+    torch.manual_seed(5)
+    run_demo(tmp_path, settings(seeds=1, draws=8, strategies=METHODS[:1]), Console(file=io.StringIO()))
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1))
+    assert torch.get_num_threads() == threads
+
+
+def test_misfit_is_found_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("cheapgrad.demo.run.train", lambda *arguments, **options: pytest.fail("trained"))
+    misfit = (*METHODS, Method("rank", "rank", cotangent=LowRank(rank=11)))
+    with pytest.raises(BudgetError, match="rank does not fit tiny: rank=11"):
+        run_demo(tmp_path, settings(strategies=misfit), Console(file=io.StringIO()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_matplotlib_is_found_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'cheapgrad\[demo\]'"):
+        run_demo(tmp_path, settings(), Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"seeds": 0}, "seeds .* got 0"), ({"draws": 7}, "draws .* got 7"), ({"rounds": 0}, "rounds .* got 0")],
+)
+def test_settings_out_of_range(changes, message):
+    with pytest.raises(BudgetError, match=message):
+        DemoSettings(**changes)

@@ -20,10 +20,7 @@ def process_group():
     torch.distributed.destroy_process_group()
 
 
-COMPILE_FIRST = (
-    r"compiled already .*convert first: handle = cheapgrad\.approximate\(model, \.\.\.\), then torch\.compile"
-)
-SHARD_FIRST = r"sharded already .*convert first: handle = cheapgrad\.approximate\(model, \.\.\.\), then fully_shard"
+CONVERT_FIRST = r"convert first: handle = cheapgrad\.approximate\(model, \.\.\.\), then"
 
 
 def compile_in_place(model):

@@ -55,7 +55,7 @@ class Geometry:
     def input_gradient(self, grad: Tensor, weight: Tensor, input_shape: Sequence[int]) -> Tensor:
         """Return dX; the input itself is not needed, only its shape."""
         # The kernels pick their layout from input and weight, and the input here is a placeholder without a layout.
-        weight = _in_layout_of(grad, weight)
+        weight = in_layout_of(grad, weight)
         return self._backward(grad, grad.new_empty(()).expand(input_shape), weight, (True, False, False))[0]
 
     def weight_gradient(self, x: Tensor, grad: Tensor, weight_shape: Sequence[int]) -> Tensor:
@@ -97,30 +97,35 @@ class Geometry:
 
     def patch_norms_of_input(self, x: Tensor, kernel: Sequence[int]) -> Tensor:
         """Return the norms of the rows of `unfold_input`, ``[N_out]``, without unfolding."""
-        squares = _squares(x)
+        # In float64 no fast kernel turns a zero into rounding noise.
+        squares = pixel_squares(x).double()
         box = squares.new_ones(1, 1, *kernel)
         return replace(self, groups=1).forward(squares, box).clamp_min(0).sqrt().flatten()
 
     def patch_norms_of_cotangent(self, grad: Tensor, kernel: Sequence[int], input_shape: Sequence[int]) -> Tensor:
         """Return the norms of the rows of `unfold_cotangent`, ``[N_in]``, without unfolding."""
-        squares = _squares(grad)
+        squares = pixel_squares(grad).double()
         box = squares.new_ones(1, 1, *kernel)
         shape = (grad.shape[0], 1, *input_shape[2:])
         return replace(self, groups=1).input_gradient(squares, box, shape).clamp_min(0).sqrt().flatten()
 
 
-def _squares(images: Tensor) -> Tensor:
-    """Return squared pixel norms ``[B, 1, ...]`` in float64, where no fast kernel turns a zero into rounding noise."""
-    return images.double().square().sum(1, keepdim=True)
+def pixel_squares(images: Tensor) -> Tensor:
+    """Return squared pixel norms ``[B, 1, ...]``, in single precision at least.
+
+    A norm over the channels' axis would do, and is some twenty times slower on CPU.
+    """
+    return images.to(torch.promote_types(images.dtype, torch.float32)).square().sum(1, keepdim=True)
 
 
-def _in_layout_of(grad: Tensor, weight: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling() and is_transformed(grad):
-        return weight
-    layout = _CHANNELS_LAST.get(grad.dim())
-    if layout is None or grad.is_contiguous() or not grad.is_contiguous(memory_format=layout):
-        return weight
-    return weight.contiguous(memory_format=layout)
+def in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:
+    """Return `tensor` channels last if `like` is, and as it is inside torch.func transforms, which hide layouts."""
+    if not torch.compiler.is_compiling() and is_transformed(like):
+        return tensor
+    layout = _CHANNELS_LAST.get(like.dim())
+    if layout is None or like.is_contiguous() or not like.is_contiguous(memory_format=layout):
+        return tensor
+    return tensor.contiguous(memory_format=layout)
 
 
 @dataclass(frozen=True)
@@ -265,7 +270,14 @@ def as_matrix(images: Tensor) -> Tensor:
 
 def as_images(matrix_ND: Tensor, shape: Sequence[int]) -> Tensor:
     """Return a matrix as images ``[B, D, ...]``, with batch and pixels as in `shape` (a view, channels last)."""
-    return matrix_ND.reshape(-1, *shape[2:], matrix_ND.shape[1]).movedim(-1, 1)
+    rows, channels = matrix_ND.shape
+    return matrix_ND.reshape(rows // math.prod(shape[2:]), *shape[2:], channels).movedim(-1, 1)
+
+
+def gather_pixels(images: Tensor, index_K: Tensor) -> Tensor:
+    """Return the given rows of `as_matrix`, shape ``[K, D]``, without forming it."""
+    flat = images.flatten(2)
+    return flat[index_K // flat.shape[2], :, index_K % flat.shape[2]]
 
 
 def gather_patches(
@@ -273,7 +285,8 @@ def gather_patches(
 ) -> Tensor:
     """Return the windows of ``sliding [B, D, ...]`` that stand at the given centre pixels, shape ``[K, Z, D]``."""
     sides = [(size, size) for size in geometry.padding]
-    padded = functional.pad(sliding.movedim(1, -1), [0, 0, *_flat_padding(sides)])
+    # Padding first, in the tensor's own layout: the copy to channels last is then fast for powers of 2 as well.
+    padded = functional.pad(sliding, _flat_padding(sides)).movedim(1, -1)
     row_K, offset_Z = torch.zeros_like(index_K), index_K.new_zeros(1)
     rest_K, row_stride = index_K, 1
     for axis in reversed(range(len(kernel))):
@@ -284,4 +297,8 @@ def gather_patches(
         row_stride *= padded.shape[1 + axis]
     row_K = row_K + rest_K * row_stride
     rows = (row_K.unsqueeze(1) + offset_Z).flatten()
-    return padded.flatten(0, -2).index_select(0, rows).view(-1, offset_Z.shape[0], sliding.shape[1])
+    return (
+        padded.reshape(-1, sliding.shape[1])
+        .index_select(0, rows)
+        .view(index_K.shape[0], offset_Z.shape[0], sliding.shape[1])
+    )

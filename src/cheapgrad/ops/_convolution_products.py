@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cheapgrad.ops._convolution_geometry import Geometry, as_images, as_matrix, gather_patches
+from cheapgrad.ops._convolution_geometry import (
+    Geometry,
+    as_images,
+    as_matrix,
+    gather_patches,
+    gather_pixels,
+    in_layout_of,
+    pixel_squares,
+)
 from cheapgrad.ops._kept_images import AbstractKeptImages
 from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import ColumnSample, ExampleSample, Moment, Operands, RowSample, Selection
@@ -60,8 +68,9 @@ class Backward:
 class _Deferred(AbstractStoredMatrix):
     """Norms of what is stored, as a matrix with one column, computed only if a score reads them."""
 
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
+    def __init__(self, compute: Callable[[], Tensor], sketches_rows: bool = False) -> None:
         self._compute = compute
+        self.sketches_rows = sketches_rows
 
     def dense(self) -> Tensor:
         return self._compute().unsqueeze(1)
@@ -69,6 +78,12 @@ class _Deferred(AbstractStoredMatrix):
 
 def convolution_gradients(plan: Plan, backward: Backward) -> Gradients:
     """Return dX and dW, each None where it is not needed."""
+    grad_input, grad_weight = _dispatch(plan, backward)
+    # A change of layout here would slow down every layer below.
+    return None if grad_input is None else in_layout_of(backward.grad, grad_input), grad_weight
+
+
+def _dispatch(plan: Plan, backward: Backward) -> Gradients:
     strategy = plan.cotangent
     if isinstance(strategy, ExampleSample):
         return _from_examples(strategy, backward)
@@ -95,11 +110,11 @@ def _from_stand_in(plan: Plan, backward: Backward) -> Gradients:
 
 def example_operands(backward: Backward) -> Operands:
     """Return what the score of an example may look at: norms of whole examples, as matrices of B rows."""
-    kept = backward.kept if backward.kept is not None and not backward.kept.sketches_rows else None
+    kept, axes = backward.kept, range(1, backward.grad.dim())
     return Operands(
         Moment.COTANGENT,
-        None if kept is None else _Deferred(lambda: _norms(kept.images(), range(1, backward.grad.dim()))),
-        _norms(backward.grad, range(1, backward.grad.dim())).unsqueeze(1),
+        None if kept is None else _Deferred(lambda: _norms(kept.images(), axes), kept.sketches_rows),
+        _norms(backward.grad, axes).unsqueeze(1),
         None if backward.weight is None else backward.weight.flatten(1),
         backward.grad.shape[0],
     )
@@ -132,7 +147,8 @@ def _weight_from_pixels(strategy: RowSample, backward: Backward) -> Tensor | Non
     centre, sliding = (images, backward.grad) if geometry.transposed else (backward.grad, images)
     rows = centre.shape[0] * math.prod(centre.shape[2:])
     selection = strategy.select(_pixel_operands(backward, images), rows)
-    centre_KD = selection.apply(as_matrix(centre), 0)
+    weight_K = selection.weight_K.to(centre.dtype).unsqueeze(1)
+    centre_KD = gather_pixels(centre, selection.index_K) * weight_K
     patches = gather_patches(sliding, geometry, backward.kernel, centre.shape[2:], selection.index_K)
     product = _contract_patches(centre_KD, patches, geometry.groups).reshape(backward.weight_shape)
     return product + kept.poison().to(product.dtype)
@@ -143,20 +159,20 @@ def _pixel_operands(backward: Backward, images: Tensor) -> Operands:
     geometry, grad = backward.geometry, backward.grad
     if geometry.transposed:
         cotangent_N = geometry.patch_norms_of_cotangent(grad, backward.kernel, images.shape)
-        stored = _Deferred(lambda: _norms(images, [1]).flatten())
+        stored = _Deferred(lambda: pixel_squares(images).sqrt().flatten())
     else:
-        cotangent_N = _norms(grad, [1]).flatten()
+        cotangent_N = pixel_squares(grad).sqrt().flatten()
         stored = _Deferred(lambda: geometry.patch_norms_of_input(images, backward.kernel))
     return Operands(Moment.COTANGENT, stored, cotangent_N.unsqueeze(1), None, grad.shape[0])
 
 
 def _contract_patches(centre_KD: Tensor, patches_KZD: Tensor, groups: int) -> Tensor:
     """Return ``sum_k centre_k patch_k`` per group, shape ``[centre channels, sliding channels / Q, Z]``."""
-    count, positions, _ = patches_KZD.shape
-    centre_QDK = centre_KD.reshape(count, groups, -1).permute(1, 2, 0)
-    patches_QKD = patches_KZD.reshape(count, positions, groups, -1).permute(2, 0, 1, 3).reshape(groups, count, -1)
-    product = centre_QDK @ patches_QKD
-    return product.reshape(centre_KD.shape[1], positions, -1).transpose(1, 2)
+    count, positions, channels = patches_KZD.shape
+    centre_QDK = centre_KD.view(count, groups, centre_KD.shape[1] // groups).permute(1, 2, 0)
+    patches_QKZD = patches_KZD.view(count, positions, groups, channels // groups).permute(2, 0, 1, 3)
+    product = centre_QDK @ patches_QKZD.flatten(2)
+    return product.reshape(centre_KD.shape[1], positions, channels // groups).transpose(1, 2)
 
 
 # --- output channels -------------------------------------------------------------------------------------------------
@@ -196,7 +212,7 @@ def _select_channels(strategy: ColumnSample, backward: Backward) -> Selection:
 def _from_channels(strategy: ColumnSample, backward: Backward) -> Gradients:
     geometry, kept = backward.geometry, backward.kept
     selection = _select_channels(strategy, backward)
-    grad_K = selection.apply(backward.grad, 1)
+    grad_K = in_layout_of(backward.grad, selection.apply(backward.grad, 1))
     if grad_K.shape[1] == 0:
         return _zeros(backward)
     grad_input, grad_weight = None, None

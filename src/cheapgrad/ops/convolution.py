@@ -105,7 +105,8 @@ def sketched_convolution(
     * `ColumnSample`: dX and dW from the kept output channels, the same number in every group. Groups with a single
       output channel leave nothing to sample and are exact.
     * `RowSample`: dW from the windows at the kept pixels only, and dX exact. The pixels are the output's; for a
-      transposed convolution, where windows slide over G, the input's. `ProductNorm` uses the windows' norms.
+      transposed convolution, where windows slide over G, the input's. `ProductNorm` uses the windows' norms. It saves
+      products; on a CPU gathering the windows takes back the time unless channels are many (128) and kept pixels few.
     * `ElementMask`, `RowProjection`, `LowRank`: a dense stand-in for G; no time is saved.
 
     db is always exact. Pixels or examples that are sketched in what is stored are not sketched again for dW.
@@ -137,11 +138,12 @@ def sketched_convolution(
         Sampling pixels and channels of what is stored: arXiv:2007.10412. Probing over pixels, arXiv:2106.06998, whose
         periodic shifts are replaced here by windows with the layer's own padding, dilation and groups.
     """
-    x, weight, bias = cast_for_autocast(x, weight, bias)
     is_batch = x.dim() == weight.dim()
     if plan.is_exact or x.numel() == 0 or not (is_batch or x.dim() == weight.dim() - 1):
         return config.forward(x, weight, bias)
     images, geometry = config.resolve(x if is_batch else x.unsqueeze(0), weight)
+    # After padding, as in the stock module: autocast pads in single precision.
+    images, weight, bias = cast_for_autocast(images, weight, bias)
     kept: tuple[Tensor, ...] = ()
     if plan.stored is not None and may_need_grad(weight):
         kept = plan.keep(as_matrix(images), images.shape[0])

@@ -88,7 +88,7 @@ class ConvolutionShape:
 def convolution_flops(strategy: AbstractStrategy | None, moment: Moment, shape: ConvolutionShape) -> float:
     """Return the FLOPs of the backward products dX and dW (multiply and add count 1 each), sketching products included.
 
-    Padding counts as if it were pixels, as the native kernels and FLOP counters count it.
+    Padding counts as if it were pixels, as the native kernels and FLOP counters count it; scores are not counted.
 
     Args:
         strategy: a strategy, or None for the exact products.

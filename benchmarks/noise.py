@@ -66,7 +66,7 @@ def measure_noise(*, data: Path | None, epochs: int, batches: int, draws: int) -
     minibatch = (exact - exact.mean(0)).square().sum(1).mean().item() * batches / (batches - 1)
     common = {"benchmark": "noise", "data": patches.name, "epochs": epochs, "loss": loss, "batch": BATCH}
     for name, (rule, target) in methods().items():
-        handle = cheapgrad.approximate(model, rule, skip_small=False)
+        handle = cheapgrad.approximate(model, rule)
         # Running estimates need a few steps before they predict anything.
         for index in chosen[:3]:
             _gradient(model, patches, index, weights)

@@ -96,7 +96,7 @@ def test_a_frozen_layer_may_still_sketch_the_cotangent_it_passes_on():
     ("layer", "strategies", "text"),
     [
         (nn.Linear(16, 10), {"cotangent": HALF}, "too small to pay: 160 weights, under 16384 (skip_small=False"),
-        (nn.Linear(16, 4096), {"stored": StochasticRounding(4)}, "too small to pay: 16 input features, under 32"),
+        (nn.Linear(16, 10), {"stored": StochasticRounding(4)}, "too small to pay: 160 weights, under 16384 (skip_small=False"),
     ],
 )
 def test_skip_reason_too_small(layer, strategies, text):
@@ -105,12 +105,12 @@ def test_skip_reason_too_small(layer, strategies, text):
 
 
 def test_both_moments_are_judged_apart():
-    # 128 x 16: too few weights for a cotangent sketch, enough input features for a codec.
-    model = nn.Sequential(nn.Linear(128, 16))
+    # 288 weights: too few for a cotangent sketch, but every pixel of a picture is stored.
+    model = nn.Sequential(nn.Conv2d(4, 8, 3))
     handle = approximate(model, Rule(stored=StochasticRounding(4), cotangent=HALF))
     (row,) = handle.rows
     assert (row.status, row.stored, row.cotangent) == ("converted", "StochasticRounding(bits=4)", None)
-    assert "too small to pay: 2048 weights" in row.remark
+    assert "too small to pay: 288 weights, under 1024" in row.remark
 
 
 def unsupported_norm():

@@ -18,9 +18,6 @@ from cheapgrad.errors import ConversionError, ModelTypeError, NoEffectWarning, N
 from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import AbstractStrategy, Moment
 
-# Below this many weights the draw costs more time than the smaller products save (`make bench` measures it).
-SMALL_WEIGHT = 128 * 128
-
 
 @dataclass
 class _Layer:
@@ -164,7 +161,6 @@ def _why_unsupported(module: nn.Module) -> str:
 
 def _why_not(module: nn.Module, kind: LayerKind, strategy: AbstractStrategy, moment: Moment, skip_small: bool) -> str:
     """Return why a strategy is left out for a layer, or an empty string."""
-    inputs = kind.sizes(module)[0]
     # Not get_parameter: hooks such as pruning put a plain tensor in the place of the parameter.
     weight: Tensor = module.weight  # type: ignore[assignment]
     if strategy.is_exact:
@@ -173,10 +169,9 @@ def _why_not(module: nn.Module, kind: LayerKind, strategy: AbstractStrategy, mom
         return "frozen: PyTorch keeps no input of a frozen layer"
     if not skip_small:
         return ""
-    if moment is Moment.COTANGENT and weight.numel() < SMALL_WEIGHT:
-        return f"too small to pay: {weight.numel()} weights, under {SMALL_WEIGHT} (skip_small=False converts it)"
-    if moment is Moment.STORED and inputs < kind.least_inputs:
-        return f"too small to pay: {inputs} input features, under {kind.least_inputs} (skip_small=False converts it)"
+    least = kind.least_weights[moment]
+    if weight.numel() < least:
+        return f"too small to pay: {weight.numel()} weights, under {least} (skip_small=False converts it)"
     return ""
 
 

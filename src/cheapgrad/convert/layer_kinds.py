@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,11 @@ from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import AbstractStrategy, LayerShape, Moment, Variance
 from cheapgrad.sketch.law import dense_bytes, dense_flops
 
+# Below this many weights the draw costs more time than the smaller products save, and a layer with few weights has few
+# outputs for its rounding noise to be averaged over. A convolution uses every weight at many pixels.
+_LINEAR_LIMITS = {Moment.STORED: 128 * 128, Moment.COTANGENT: 128 * 128}
+_CONVOLUTION_LIMITS = {Moment.STORED: 0, Moment.COTANGENT: 1024}
+
 
 @dataclass(frozen=True)
 class LayerKind:
@@ -35,7 +40,7 @@ class LayerKind:
         saved_bytes: (strategy or None for exact, moment, sizes) to the bytes held in place of X.
         variance: ``(module, strategy, moment, input, cotangent, wants input gradient) -> Variance``.
         input_name: what the stock forward calls its first argument.
-        least_inputs: below this many input features what is stored of X is too little to bother.
+        least_weights: layers with fewer weights are too small to pay, by moment.
     """
 
     name: str
@@ -46,8 +51,8 @@ class LayerKind:
     flops: Callable[[AbstractStrategy | None, Moment, Any], float]
     saved_bytes: Callable[[AbstractStrategy | None, Moment, Any], float]
     variance: Callable[[Any, AbstractStrategy, Moment, Tensor, Tensor, bool], Variance]
+    least_weights: Mapping[Moment, int]
     input_name: str = "input"
-    least_inputs: int = 0
 
 
 def _runs_stock_forward(stock: type[nn.Module]) -> Callable[[type[nn.Module]], bool]:
@@ -102,7 +107,7 @@ LINEAR = LayerKind(
     shape=_matrix_shape,
     flops=_matrix_flops,
     saved_bytes=_matrix_bytes,
-    least_inputs=32,
+    least_weights=_LINEAR_LIMITS,
     variance=_linear_variance,
 )
 
@@ -127,7 +132,7 @@ TRANSPOSED_LINEAR = LayerKind(
     shape=_matrix_shape,
     flops=_matrix_flops,
     saved_bytes=_matrix_bytes,
-    least_inputs=32,
+    least_weights=_LINEAR_LIMITS,
     variance=lambda module, strategy, moment, x, grad, wants_input: _matrix_variance(
         strategy, moment, x, grad, module.weight.detach().t() if wants_input else None
     ),
@@ -161,6 +166,7 @@ def _convolution_kind(stock: type[nn.Module]) -> LayerKind:
         flops=convolution_flops,
         saved_bytes=convolution_saved_bytes,
         variance=_convolution_variance,
+        least_weights=_CONVOLUTION_LIMITS,
     )
 
 

@@ -124,6 +124,8 @@ def sketched_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, 
         ForwardModeError: in forward-mode differentiation.
     """
     x, weight, bias = cast_for_autocast(x, weight, bias)
+    if x.numel() == 0:
+        return torch.nn.functional.linear(x, weight, bias)
     if examples is None:
         examples = x.shape[0] if x.dim() > 1 else 1
     kept: tuple[Tensor, ...] = ()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cheapgrad.sketch.operands import AbstractStoredMatrix
+from cheapgrad.sketch.transforms import is_transformed
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Selection:
         shape = list(tensor.shape)
         shape[dim] = self.size
         zeros = tensor.new_zeros(shape)
-        if self.may_repeat:
+        # Copying has no batching rule under vmap, adding has.
+        if self.may_repeat or is_transformed(tensor):
             return zeros.index_add_(dim, self.index_K, tensor)
         return zeros.index_copy_(dim, self.index_K, tensor)
 

@@ -16,14 +16,21 @@ from benchmarks.environment import describe_environment
 from benchmarks.layer import measure_layers
 from benchmarks.noise import measure_noise
 from benchmarks.step import measure_steps
+from benchmarks.worth import judge_worth
 
-_NAMES = ("layer", "step", "noise")
+_NAMES = ("layer", "step", "noise", "worth")
 
 
 def main() -> None:
     """Run the chosen benchmarks."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*_NAMES, "all"], default="all", help="what to run (default: all)")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        choices=[*_NAMES, "all"],
+        default="all",
+        help="what to run (default: all); worth needs step and noise",
+    )
     parser.add_argument("--data", type=Path, help="zip of an image folder for noise (default: the bundled digits)")
     parser.add_argument("--epochs", type=int, help="epochs of exact training before noise (default: 1; digits: 15)")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per timing (default: 15)")
@@ -33,27 +40,33 @@ def main() -> None:
     names = _NAMES if "all" in arguments.names else arguments.names
     torch.manual_seed(arguments.seed)
     environment = describe_environment(arguments.seed)
-    for name in names:
-        records = []
-        with arguments.out.open("a", encoding="utf-8") as file:
-            for record in _run(name, arguments):
+    everything: list[dict[str, Any]] = []
+    with arguments.out.open("a", encoding="utf-8") as file:
+        for name in names:
+            records = []
+            for record in _run(name, arguments, everything):
                 records.append(record)
                 file.write(json.dumps(record | {"environment": environment}) + "\n")
                 file.flush()
-        _print(name, records, environment)
+            _print(name, records, environment)
+            everything += records
 
 
-def _run(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     if name == "layer":
         return measure_layers(rounds=arguments.rounds)
     if name == "step":
         return measure_steps(rounds=arguments.rounds)
+    if name == "worth":
+        return judge_worth(earlier)
     epochs = arguments.epochs or (1 if arguments.data else 15)
     return measure_noise(data=arguments.data, epochs=epochs, batches=16, draws=2)
 
 
 def _print(name: str, records: Iterable[dict[str, Any]], environment: dict[str, Any]) -> None:
     records = list(records)
+    if not records:
+        return
     table = Table(title=f"{name} ({environment['processor']}, {environment['threads']} threads)", title_justify="left")
     keys = [key for key in records[0] if key != "benchmark" and any(record.get(key) is not None for record in records)]
     keys = list(dict.fromkeys([*keys, *(key for record in records for key in record if key.startswith("target"))]))

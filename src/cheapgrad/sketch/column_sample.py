@@ -7,12 +7,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from cheapgrad.errors import PlacementError
 from cheapgrad.sketch._sampling import AbstractSampling, orthogonal_sum
 from cheapgrad.sketch._strategy import operands_for, stacked, zero
 from cheapgrad.sketch.drawn import DrawnColumns
 from cheapgrad.sketch.law import Law, LayerShape, LayerTensors, Variance, dense_bytes
 from cheapgrad.sketch.moment import Moment
 from cheapgrad.sketch.operands import Operands
+from cheapgrad.sketch.scores import StoredNorm
 from cheapgrad.sketch.selection import Selection
 
 
@@ -32,6 +34,7 @@ class ColumnSample(AbstractSampling):
 
     Raises:
         BudgetError: if `keep` is not in (0, 1].
+        PlacementError: if the scores do not score output features.
 
     >>> ColumnSample(keep=0.5).kept_count(10)
     5
@@ -42,6 +45,14 @@ class ColumnSample(AbstractSampling):
     """
 
     axis: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.scores, StoredNorm):
+            raise PlacementError(
+                f"{self.scores!r} scores input features, but {type(self).__name__} samples output features; "
+                "use CotangentNorm(), ColumnNorm() or JointNorm()"
+            )
 
     @property
     def law(self) -> Law:

@@ -26,8 +26,8 @@ class ElementMask(AbstractStrategy):
     r"""Keep a share of the single entries of the cotangent, or of what is stored of X.
 
     ``p_e = min(1, lambda |entry|)``, or equal probabilities with ``by_magnitude=False``. A cotangent is masked by
-    independent coins and stays dense, so no time is saved; what is stored keeps a fixed number of entries and their indices. Here
-    to complete the comparison: lowest variance at equal density, no dense speed-up.
+    independent coins and stays dense, so no time is saved; what is stored keeps a fixed number of entries and their
+    indices. Here to complete the comparison: lowest variance at equal density, no dense speed-up.
 
     Args:
         keep: share of entries kept, in (0, 1].

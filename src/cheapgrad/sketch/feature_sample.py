@@ -40,7 +40,7 @@ class FeatureSample(AbstractSampling):
 
     Raises:
         BudgetError: if `keep` is not in (0, 1] or `rows_per_mask` < 1.
-        PlacementError: for several masks with a design of random size, or with replacement.
+        PlacementError: for several masks with a design of random size.
 
     >>> FeatureSample(keep=0.5, rows_per_mask=1).masks(rows=4)
     4

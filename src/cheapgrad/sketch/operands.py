@@ -89,7 +89,8 @@ class Operands:
 def norm_along(matrix: Tensor, dim: int) -> Tensor:
     """Return Euclidean norms along `dim` (0 or 1 of a matrix, any of a stack), in single precision at least.
 
-    Columns go through a product with ones: torch's norm over a leading axis is some twenty times slower on CPU.
+    Columns go through a matrix-vector product with ones: torch's norm over a leading axis is some twenty times slower
+    on CPU.
     """
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     if dim == matrix.dim() - 1:
@@ -97,4 +98,4 @@ def norm_along(matrix: Tensor, dim: int) -> Tensor:
     squares = matrix.to(dtype).square()
     if matrix.dim() != 2:
         return squares.sum(dim).sqrt()
-    return (torch.ones(matrix.shape[0], dtype=dtype, device=matrix.device) @ squares).sqrt()
+    return torch.mv(squares.mT, torch.ones(matrix.shape[0], dtype=dtype, device=matrix.device)).sqrt()

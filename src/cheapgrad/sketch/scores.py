@@ -48,12 +48,17 @@ class Uniform(AbstractScore):
 
 @dataclass(frozen=True, repr=False)
 class StoredNorm(AbstractScore):
-    """``||x_n||`` for rows, ``||X_:i||`` for features: all that forward time can see."""
+    """``||x_n||`` for rows, ``||X_:i||`` for features: all that forward time can see.
+
+    Where the weight is frozen nothing is stored; the cotangent's norms take their place at backward time.
+    """
 
     covers: ClassVar[frozenset[str]] = frozenset({"weight"})
 
     def evaluate(self, operands: Operands, dim: int) -> Tensor:
-        """Return norms of what is stored."""
+        """Return norms of what is stored; the cotangent's where nothing is."""
+        if operands.stored is None:
+            return norm_along(operands.cotangent(), 1 - dim)
         return norm_along(operands.stored_dense(), 1 - dim)
 
 
@@ -149,8 +154,8 @@ class PredictedNorm(AbstractScore):
 
     def evaluate(self, operands: Operands, dim: int) -> Tensor:
         """Return row norms of what is stored times the predicted norms of the cotangent."""
-        norm_N = norm_along(operands.stored_dense(), 1)
-        if operands.predicted_norm_N is None:
+        norm_N = StoredNorm().evaluate(operands, dim)
+        if operands.stored is None or operands.predicted_norm_N is None:
             return norm_N
         return norm_N * operands.predicted_norm_N
 

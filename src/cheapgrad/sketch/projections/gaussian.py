@@ -45,7 +45,8 @@ class Gaussian(AbstractProjection):
     def draw(self, like: Tensor, size: int, count: int, generator: torch.Generator | None = None) -> DrawnMatrix:
         """Draw the matrix."""
         matrix_KN = random.normal(like, (count, size), generator=generator)
-        return DrawnMatrix(matrix_KN.to(torch.promote_types(like.dtype, torch.float32)) / count**0.5)
+        # Held in single precision whatever the data's: the numbers are random anyway, the bytes are not.
+        return DrawnMatrix(matrix_KN / count**0.5)
 
     def rebuild(self, tensors: tuple[Tensor, ...], size: int, count: int, like: Tensor) -> DrawnMatrix:
         """Return the held matrix."""

@@ -13,7 +13,7 @@ from cheapgrad.ops._guards import differentiate_once, refuse_forward_mode
 from cheapgrad.ops._kept_images import restore_images
 from cheapgrad.ops.linear import cast_for_autocast, may_need_grad
 from cheapgrad.ops.plan import Plan
-from cheapgrad.sketch import AbstractSampling
+from cheapgrad.sketch import AbstractSampling, random
 
 __all__ = ["ConvolutionConfig", "sketched_convolution"]
 
@@ -29,6 +29,7 @@ class _SketchedConvolution(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, geometry: Geometry, *kept: Tensor
     ) -> Tensor:
+        weight, bias = random.anchor_parameters(weight, bias, kept)
         return geometry.forward(x, weight, bias)
 
     @staticmethod

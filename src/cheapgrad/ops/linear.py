@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cheapgrad.ops._guards import differentiate_once, refuse_forward_mode
 from cheapgrad.ops.plan import Plan, poison
-from cheapgrad.sketch import DenseMatrix, Moment, Operands
+from cheapgrad.sketch import DenseMatrix, Moment, Operands, random
 from cheapgrad.sketch.drawn import DrawnRows
 from cheapgrad.sketch.operands import AbstractStoredMatrix
 from cheapgrad.sketch.transforms import is_transformed
@@ -22,6 +22,7 @@ class _SketchedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, examples: int, *kept: Tensor) -> Tensor:
+        weight, bias = random.anchor_parameters(weight, bias, kept)
         return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod

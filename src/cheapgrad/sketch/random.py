@@ -2,9 +2,11 @@
 
 Three facts of PyTorch shape it:
 
-* Inside a compiled region a plain draw that only the backward pass needs is drawn again in the backward graph, which
+* Inside a compiled region a draw that no forward output depends on may be drawn again in the backward graph, which
   silently turns the gradient into noise around zero. There, draws go through a custom operator that takes a real
-  activation as an argument; it is tagged as seeded randomness so that equal-looking draws are not merged.
+  activation as an argument, tagged as seeded randomness so that equal-looking draws are not merged. That alone is not
+  enough: the partitioner still repeats the operator wherever its arguments are smaller than what was drawn from it.
+  `anchor` ties what a layer keeps to its output; the forward pass then needs the draw, and it is never repeated.
 * Only torch's default generator is restored by activation checkpointing and saved with checkpoints, so layers use no
   other one. Function-style callers may pass ``generator=``.
 * Trainers seed all ranks alike. With equal seeds every rank would draw the same sketch and averaging over ranks would
@@ -74,6 +76,38 @@ def _uniform_operator(like: Tensor, shape: Sequence[int], double: bool) -> Tenso
 @torch.library.register_fake("cheapgrad::uniform")
 def _uniform_fake(like: Tensor, shape: Sequence[int], double: bool) -> Tensor:
     return like.new_empty(shape, dtype=torch.float64 if double else torch.float32)
+
+
+torch.library.define("cheapgrad::anchor", "(Tensor tensor, Tensor[] kept) -> Tensor")
+
+
+@torch.library.impl("cheapgrad::anchor", "CompositeExplicitAutograd")
+def _anchor_operator(tensor: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    return tensor.clone()
+
+
+@torch.library.register_fake("cheapgrad::anchor")
+def _anchor_fake(tensor: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    return torch.empty_like(tensor)
+
+
+def anchor(tensor: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    """Return `tensor`, and inside compiled graphs a copy that formally depends on `kept`.
+
+    Args:
+        tensor: something small that the forward output is computed from, such as a bias.
+        kept: what was drawn in the forward pass for the backward pass.
+    """
+    if not kept or not torch.compiler.is_compiling():
+        return tensor
+    return torch.ops.cheapgrad.anchor(tensor, list(kept))
+
+
+def anchor_parameters(weight: Tensor, bias: Tensor | None, kept: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias, the smaller one anchored to `kept`."""
+    if bias is None:
+        return anchor(weight, kept), None
+    return weight, anchor(bias, kept)
 
 
 def uniform(

@@ -79,7 +79,9 @@ class ElementMask(AbstractStrategy):
         return min(size, max(1, int(self.keep * size + 0.5)))
 
     def _scores(self, matrix: Tensor) -> Tensor:
-        return matrix.abs().flatten() if self.by_magnitude else torch.ones_like(matrix).flatten()
+        # Without magnitudes an entry that is not finite counts as infinite all the same, so that it is never dropped.
+        scores = matrix.abs() if self.by_magnitude else torch.where(torch.isfinite(matrix), 1.0, torch.inf)
+        return scores.flatten()
 
     def draw(self, operands: Operands, memory: Any = None) -> DrawnDense:
         """Flip a coin per entry of the cotangent."""

@@ -176,6 +176,8 @@ def _decompose(matrix_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     poison = (matrix_ND * 0).sum()
     clean = torch.nan_to_num(matrix_ND.to(dtype), nan=0.0, posinf=0.0, neginf=0.0)
     left, values, right = torch.linalg.svd(clean, full_matrices=False)
+    # In the first value too, which then is certain to be kept: a sample of random size may be empty otherwise.
+    values = torch.cat([values[:1] + poison, values[1:]])
     return (left + poison).to(matrix_ND.dtype), values.double(), right.to(matrix_ND.dtype)
 
 

@@ -59,7 +59,11 @@ class StoredNorm(AbstractScore):
         """Return norms of what is stored; the cotangent's where nothing is."""
         if operands.stored is None:
             return norm_along(operands.cotangent(), 1 - dim)
-        return norm_along(operands.stored_dense(), 1 - dim)
+        norms = norm_along(operands.stored_dense(), 1 - dim)
+        if operands.cotangent_NO is None:
+            return norms
+        # Blind to the cotangent, but for one thing: a row of it that is not finite is never dropped.
+        return norms * equal_scores(operands.cotangent_NO, 1 - dim)
 
 
 @dataclass(frozen=True, repr=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cheapgrad.ops._guards import differentiate_once, refuse_forward_mode
-from cheapgrad.ops.plan import Plan, poison
+from cheapgrad.ops.plan import Plan, PoisonedRows, poison
 from cheapgrad.sketch import DenseMatrix, Moment, Operands, random
 from cheapgrad.sketch.drawn import DrawnRows
 from cheapgrad.sketch.operands import AbstractStoredMatrix
@@ -96,15 +96,11 @@ def _products(
         grad_input = drawn.input_gradient(weight_OI) if drawn is not None else grad_NO @ weight_OI
     if stored is None:
         return grad_input, None
-    grad_weight = drawn.weight_gradient(stored) if drawn is not None else stored.contract(grad_NO)
     # Rows that one of the factors left out may hold a NaN in the other.
-    if stored.sketches_rows:
-        grad_weight.add_(poison(grad_NO))
-    elif isinstance(drawn, DrawnRows):
-        for tensor in kept:
-            if tensor.is_floating_point():
-                grad_weight.add_(poison(tensor))
-    return grad_input, grad_weight
+    if isinstance(drawn, DrawnRows) and not stored.sketches_rows:
+        stored = PoisonedRows(stored, kept)
+    grad_weight = drawn.weight_gradient(stored) if drawn is not None else stored.contract(grad_NO)
+    return grad_input, grad_weight.add_(poison(grad_NO)) if stored.sketches_rows else grad_weight
 
 
 def sketched_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, examples: int | None = None) -> Tensor:

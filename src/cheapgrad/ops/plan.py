@@ -61,6 +61,28 @@ class Plan:
 
 
 def poison(matrix: Tensor) -> Tensor:
-    """Return 0 if `matrix` is finite and NaN otherwise (0-dim): added to dW, it keeps a NaN in dropped rows visible."""
-    low, high = torch.aminmax(matrix)
-    return low * 0 + high * 0
+    """Return 0 if `matrix` is finite and NaN otherwise (0-dim): added to dW, it keeps a NaN in dropped rows visible.
+
+    By a sum, the cheapest pass there is; entries so large that their sum overflows count as not finite.
+    """
+    return matrix.sum(dtype=torch.promote_types(matrix.dtype, torch.float32)) * 0
+
+
+class PoisonedRows(AbstractStoredMatrix):
+    """A stored matrix whose chosen rows carry a NaN if any entry does: one row is enough to reach all of dW."""
+
+    def __init__(self, stored: AbstractStoredMatrix, kept: tuple[Tensor, ...]) -> None:
+        self._stored = stored
+        self._kept = kept
+
+    def dense(self) -> Tensor:
+        """Return the stored matrix as it is."""
+        return self._stored.dense()
+
+    def rows(self, index_K: Tensor) -> Tensor:
+        """Return the given rows, the first one plus the poison."""
+        rows_KI = self._stored.rows(index_K)
+        for tensor in self._kept:
+            if tensor.is_floating_point():
+                rows_KI[:1].add_(poison(tensor))
+        return rows_KI

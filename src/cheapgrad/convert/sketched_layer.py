@@ -66,7 +66,8 @@ class SketchedLayer(nn.Module):
             args = (kwargs.pop(conversion.kind.input_name),)
         if conversion.probe is not None:
             return _run_probed(self, conversion, *args, **kwargs)
-        if conversion.switch.exact_depth or not self.training or not torch.is_grad_enabled():
+        draws = self.training and (torch.is_grad_enabled() or _may_be_replayed(self))
+        if conversion.switch.exact_depth or not draws:
             return conversion.original_class.forward(self, *args, **kwargs)
         # Without an input the stock forward says what is missing.
         x = args[0] if args else None
@@ -91,6 +92,16 @@ class SketchedLayer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by the original class, since sketched classes are made on demand."""
         return _empty_sketched, (self._cheapgrad.original_class,), self.__getstate__()
+
+
+def _may_be_replayed(module: SketchedLayer) -> bool:
+    """Tell whether this forward without gradients may be the first half of a reentrant checkpoint.
+
+    Such a checkpoint runs forward again later, from the random state of the first run. Both runs have to draw alike: or
+    the dropout behind this layer would change its mask, and every step would keep the same sample.
+    """
+    draws = module._cheapgrad.plan.stored is not None
+    return draws and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
 
 
 def _run_probed(module: SketchedLayer, conversion: Conversion, *args: Any, **kwargs: Any) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch
 from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined] - private, and the only way to ask
 

@@ -60,7 +60,6 @@ SAMPLINGS = [
 
 @pytest.mark.parametrize(("moment", "strategy"), parametrized(FAMILIES))
 def test_a_scale_of_two_per_cent_is_seen_as_bias(moment, strategy):
-    assert check_law(strategy, moment=moment, draws=30_000).ok
     report = check_law(mutants.TwinScaled(strategy), moment=moment, draws=30_000)
     assert report.biased == tuple(target.name for target in report.targets), str(report)
 
@@ -68,7 +67,7 @@ def test_a_scale_of_two_per_cent_is_seen_as_bias(moment, strategy):
 @pytest.mark.parametrize("factor", [0.9, 1.1])
 @pytest.mark.parametrize(("moment", "strategy"), parametrized(FAMILIES))
 def test_a_variance_wrong_by_a_tenth_is_seen_as_such(moment, strategy, factor):
-    report = check_law(mutants.TwinOfOtherVariance(strategy, factor), moment=moment)
+    report = check_law(mutants.TwinOfOtherVariance(strategy, factor), moment=moment, draws=8000)
     assert report.wrong_variance == tuple(target.name for target in report.targets), str(report)
     assert not report.biased
     assert not report.ok
@@ -78,8 +77,7 @@ def test_a_variance_wrong_by_a_tenth_is_seen_as_such(moment, strategy, factor):
 @pytest.mark.parametrize(("moment", "build"), SAMPLINGS)
 @pytest.mark.parametrize("inner", [Systematic(), Pivotal()], ids=repr)
 def test_biased_designs_are_caught(twin, moment, build, inner):
-    assert check_law(build(inner), moment=moment).ok
-    report = check_law(build(twin(inner)), moment=moment)
+    report = check_law(build(twin(inner)), moment=moment, draws=8000)
     assert report.biased == tuple(target.name for target in report.targets), str(report)
 
 

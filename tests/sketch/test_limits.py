@@ -108,7 +108,7 @@ def test_flat_scores_and_duplicate_rows_are_unbiased(moment, strategy):
         torch.randn(4, 6, generator=generator, dtype=torch.float64),
         7,
     )
-    report = check_law(strategy, moment=moment, problem=problem, draws=12_000)
+    report = check_law(strategy, moment=moment, problem=problem, draws=6000)
     assert not report.biased, str(report)
 
 
@@ -169,11 +169,11 @@ def test_a_count_of_all_atoms_or_more(design, count):
 @pytest.mark.parametrize("design", DESIGNS, ids=repr)
 def test_all_zero_scores_draw_evenly_with_finite_weights(design):
     counts = torch.zeros(6, dtype=torch.float64)
-    for _ in range(3000):
+    for _ in range(1000):
         selection = design.draw(torch.zeros(6), 2)
         assert torch.isfinite(selection.weight_K).all()
         counts.index_add_(0, selection.index_K, selection.weight_K)
-    torch.testing.assert_close(counts / 3000, torch.ones(6, dtype=torch.float64), rtol=0, atol=0.2)
+    torch.testing.assert_close(counts / 1000, torch.ones(6, dtype=torch.float64), rtol=0, atol=0.3)
 
 
 @pytest.mark.parametrize("design", DESIGNS, ids=repr)

@@ -23,6 +23,7 @@ from cheapgrad.sketch import (
     PredictedNorm,
     RowSample,
     StochasticRounding,
+    Systematic,
     Uniform,
 )
 
@@ -36,6 +37,9 @@ def methods() -> Methods:
         "cotangent rows .5": (cheapgrad.Rule(cotangent=RowSample(0.5)), 0.10),
         "cotangent rows .35": (cheapgrad.Rule(cotangent=RowSample(0.35)), None),
         "cotangent rows .25": (cheapgrad.Rule(cotangent=RowSample(0.25)), 0.6),
+        "cotangent rows .5, in order": (cheapgrad.Rule(cotangent=RowSample(0.5, design=Systematic(False))), None),
+        "cotangent rows .35, in order": (cheapgrad.Rule(cotangent=RowSample(0.35, design=Systematic(False))), None),
+        "cotangent rows .25, in order": (cheapgrad.Rule(cotangent=RowSample(0.25, design=Systematic(False))), None),
         "cotangent rows .5, joint score": (cheapgrad.Rule(cotangent=RowSample(0.5, scores=JointNorm())), None),
         "cotangent rows .25, joint score": (cheapgrad.Rule(cotangent=RowSample(0.25, scores=JointNorm())), None),
         "cotangent rows .5, pivotal": (cheapgrad.Rule(cotangent=RowSample(0.5, design=Pivotal())), None),

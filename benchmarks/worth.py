@@ -9,10 +9,10 @@ TARGET = 0.81
 
 
 def judge_worth(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield ``c (1 + omega)`` for every network and budget whose cost and noise were measured in this run.
+    """Yield ``c (1 + omega)`` for every network and budget whose cost and noise this run measured.
 
-    A batch of a share q of the examples has exactly ``1 + omega = 1 / q`` where noise dominates; its row is its measured
-    cost divided by q. The best budget of each network carries the target.
+    A batch of a share q of the examples has exactly ``1 + omega = 1 / q`` where noise dominates; its row is its
+    measured cost divided by q. The best budget of each network carries the target.
     """
     omegas = {record["method"]: record["omega"] for record in records if record["benchmark"] == "noise"}
     steps = [record for record in records if record["benchmark"] == "step"]

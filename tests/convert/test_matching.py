@@ -96,7 +96,7 @@ def test_a_frozen_layer_may_still_sketch_the_cotangent_it_passes_on():
     ("layer", "strategies", "text"),
     [
         (nn.Linear(16, 10), {"cotangent": HALF}, "too small to pay: 160 weights, under 16384 (skip_small=False"),
-        (nn.Linear(16, 10), {"stored": StochasticRounding(4)}, "too small to pay: 160 weights, under 16384 (skip_small=False"),
+        (nn.Linear(16, 8), {"stored": StochasticRounding(4)}, "too small to pay: 128 weights, under 16384 (skip_small"),
     ],
 )
 def test_skip_reason_too_small(layer, strategies, text):

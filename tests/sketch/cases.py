@@ -33,7 +33,7 @@ from cheapgrad.sketch import (
 )
 
 COTANGENT, STORED = Moment.COTANGENT, Moment.STORED
-DESIGNS = (Systematic(), Pivotal(), Poisson(), WithReplacement(), WinnerTakeAll())
+DESIGNS = (Systematic(), Systematic(permute=False), Pivotal(), Poisson(), WithReplacement(), WinnerTakeAll())
 KINDS = (Rademacher(), Gaussian(), Hadamard(), CountSketch())
 
 

@@ -25,7 +25,12 @@ LARGE = {
     "skewed 8": [0.3, 1.0, 2.2, 3.1, 4.0, 0.9, 1.7, 0.2],
     "flat 8": [1.0] * 8,
 }
+LONG = {
+    "skewed 30": [0.05 + (7 * atom % 30 / 30) ** 3 for atom in range(30)],
+    "flat 21": [1.0] * 21,
+}
 FIXED = (Systematic(), Pivotal())
+IN_ORDER = Systematic(permute=False)
 FREE = (Poisson(), WithReplacement(), WinnerTakeAll())
 
 
@@ -46,6 +51,7 @@ def _takes_long(design, size, count):
 
 
 SMALL_CASES = [*_cases(FIXED, SCORES), *_cases(FREE, SCORES)]
+IN_ORDER_CASES = [*_cases((IN_ORDER,), SCORES | LARGE), *_cases((IN_ORDER,), LONG, (2, 7, 13))]
 LARGE_CASES = [*_cases((Systematic(),), LARGE, (3,)), *_cases((Poisson(),), LARGE, (3,))]
 
 
@@ -56,7 +62,7 @@ def _atoms(scores):
     return atoms * (scores.numpy()[:, None] > 0)
 
 
-@pytest.mark.parametrize(("design", "scores", "count"), [*SMALL_CASES, *LARGE_CASES])
+@pytest.mark.parametrize(("design", "scores", "count"), [*SMALL_CASES, *LARGE_CASES, *IN_ORDER_CASES])
 def test_probability_mean_and_variance_are_exact(design, scores, count, monkeypatch):
     scores = torch.tensor(scores, dtype=torch.float64)
     outcomes = enumerate_design(design, scores, count, monkeypatch)
@@ -74,7 +80,10 @@ def test_probability_mean_and_variance_are_exact(design, scores, count, monkeypa
     assert float(stated) == pytest.approx(measured, rel=1e-12, abs=1e-13 * scale)
 
 
-@pytest.mark.parametrize(("design", "scores", "count"), [*_cases(FIXED, SCORES), *_cases((Systematic(),), LARGE, (3,))])
+@pytest.mark.parametrize(
+    ("design", "scores", "count"),
+    [*_cases(FIXED, SCORES), *_cases((Systematic(),), LARGE, (3,)), *IN_ORDER_CASES],
+)
 def test_fixed_designs_have_the_size_and_the_marginals(design, scores, count, monkeypatch):
     scores = torch.tensor(scores, dtype=torch.float64)
     outcomes = enumerate_design(design, scores, count, monkeypatch)
@@ -138,7 +147,31 @@ def test_beyond_enumeration_the_variance_is_exact_for_flat_scores_and_for_orthog
     assert float(stated) == pytest.approx(float(truth), rel=1e-9)
 
 
-@pytest.mark.parametrize("design", [*FIXED, *FREE], ids=repr)
+def test_in_order_there_are_no_joint_probabilities_of_all_orders():
+    assert IN_ORDER.joint_inclusion(torch.full((4,), 0.5, dtype=torch.float64)) is None
+
+
+def test_neighbours_that_resemble_each_other_are_spread_in_order():
+    atoms = torch.arange(24, dtype=torch.float64).div(4).floor().sin().unsqueeze(1)
+    scores = torch.ones(24, dtype=torch.float64)
+    in_order, shuffled = (
+        float(design.variance(atoms.square().sum(1), scores, 6, lambda weights: (weights @ atoms).square().sum()))
+        for design in (IN_ORDER, Systematic())
+    )
+    assert in_order < 1e-12 < shuffled
+
+
+def test_in_order_the_variance_of_many_atoms_is_a_quadrature(monkeypatch):
+    generator = torch.Generator().manual_seed(2)
+    scores = 0.1 + torch.rand(300, generator=generator, dtype=torch.float64)
+    atoms = torch.randn(300, 5, generator=generator, dtype=torch.float64) * scores.unsqueeze(1)
+    outcomes = enumerate_design(IN_ORDER, scores, 40, monkeypatch)
+    errors = (outcomes.weights @ atoms.numpy() - atoms.numpy().sum(0)) ** 2
+    stated = IN_ORDER.variance(atoms.square().sum(1), scores, 40, lambda weights: (weights @ atoms).square().sum())
+    assert float(stated) == pytest.approx(outcomes.chances @ errors.sum(1), rel=0.05)
+
+
+@pytest.mark.parametrize("design", [*FIXED, IN_ORDER, *FREE], ids=repr)
 def test_several_draws_at_once_equal_single_draws_from_the_same_numbers(design, monkeypatch):
     scores = torch.rand(3, 6, dtype=torch.float64)
     numbers = torch.rand(3, 64, dtype=torch.float64)

@@ -200,6 +200,8 @@ def test_masks_per_group_of_rows():
 
 
 def test_other_arguments_out_of_range():
+    with pytest.raises(PlacementError, match="permute must be True or False, but got 1"):
+        Systematic(permute=1)
     with pytest.raises(PlacementError, match="by_magnitude must be True or False, but got 1"):
         ElementMask(keep=0.5, by_magnitude=1)
     with pytest.raises(BudgetError, match=r"momentum must be in \(0, 1\], but got 1.5"):

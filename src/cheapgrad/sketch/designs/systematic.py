@@ -84,9 +84,9 @@ class Systematic(AbstractFixedSizeDesign):
         return total
 
     def joint_inclusion(self, probabilities: Tensor) -> Tensor | None:
-        """Average, over all orders, the length on the unit circle where the arcs of two atoms overlap."""
+        """Average, over all orders, the length on the unit circle where two atoms' arcs overlap; None in order."""
         size = probabilities.shape[-1]
-        if size > _LARGEST_ENUMERATED:
+        if not self.permute or size > _LARGEST_ENUMERATED:
             return None
         orders = torch.tensor(list(itertools.permutations(range(size))), device=probabilities.device)
         lengths = probabilities[orders]

@@ -206,6 +206,9 @@ def test_other_arguments_out_of_range():
         ElementMask(keep=0.5, by_magnitude=1)
     with pytest.raises(BudgetError, match=r"momentum must be in \(0, 1\], but got 1.5"):
         PredictedNorm(momentum=1.5)
+    for balance in (0, -1.0, float("nan"), float("inf"), True, "1"):
+        with pytest.raises(BudgetError, match=f"balance must be a finite number above 0, but got {balance!r}"):
+            JointNorm(balance=balance)
 
 
 @pytest.mark.parametrize("keep", [0.01, 0.25, 0.5, 0.9, 0.999])

@@ -69,7 +69,7 @@ class Operands:
         wanted = set()
         if self.weight_OI is not None:
             wanted.add("input")
-        if self.stored is not None and not self.stored.sketches_rows:
+        if self.stored is not None:
             wanted.add("weight")
         return frozenset(wanted)
 

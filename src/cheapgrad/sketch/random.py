@@ -143,4 +143,4 @@ def normal(like: Tensor, shape: Sequence[int], *, generator: torch.Generator | N
 
 def integers(like: Tensor, high: int, shape: Sequence[int], *, generator: torch.Generator | None = None) -> Tensor:
     """Draw independent integers, uniform on {0, ..., high - 1}, as int64."""
-    return (uniform(like, shape, generator=generator) * high).long().clamp_(max=high - 1)
+    return (uniform(like, shape, generator=generator) * high).long().clamp(max=high - 1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from cheapgrad.errors import check_fraction
+from cheapgrad.errors import BudgetError, check_fraction
 from cheapgrad.sketch.operands import Operands, norm_along
 from cheapgrad.sketch.value import Value
 
@@ -103,17 +104,23 @@ class JointNorm(AbstractScore):
     relative to its own scale. Columns: ``||G_:j|| sqrt(1 + balance ||W_j||**2 / mean ||W||**2)``.
 
     Args:
-        balance: weight of dX against dW, >= 0 (1: alike).
+        balance: weight of dX against dW, > 0 (1: alike).
     """
 
     balance: float = 1.0
     sees_cotangent: ClassVar[bool] = True
     covers: ClassVar[frozenset[str]] = _BOTH
 
+    def __post_init__(self) -> None:
+        is_number = isinstance(self.balance, (int, float)) and not isinstance(self.balance, bool)
+        # At zero a vanishing row of X would get probability zero although dX needs it.
+        if not is_number or not 0 < self.balance < math.inf:
+            raise BudgetError(f"balance must be a finite number above 0, but got {self.balance!r}; use e.g. balance=1.0")
+
     def evaluate(self, operands: Operands, dim: int) -> Tensor:
         """Return the joint scores."""
         norm = norm_along(operands.cotangent(), 1 - dim)
-        if "weight" not in operands.targets or operands.weight_OI is None:
+        if operands.stored is None or operands.stored.sketches_rows or operands.weight_OI is None:
             return ProductNorm().evaluate(operands, dim) if dim == 0 else norm
         if dim == 0:
             other = norm_along(operands.stored_dense(), 1)

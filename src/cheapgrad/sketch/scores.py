@@ -115,7 +115,7 @@ class JointNorm(AbstractScore):
         is_number = isinstance(self.balance, (int, float)) and not isinstance(self.balance, bool)
         # At zero a vanishing row of X would get probability zero although dX needs it.
         if not is_number or not 0 < self.balance < math.inf:
-            raise BudgetError(f"balance must be a finite number above 0, but got {self.balance!r}; 1.0 weighs both alike")
+            raise BudgetError(f"balance must be a finite number above 0, but got {self.balance!r}; try balance=1.0")
 
     def evaluate(self, operands: Operands, dim: int) -> Tensor:
         """Return the joint scores."""

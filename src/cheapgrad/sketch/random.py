@@ -4,9 +4,10 @@ Three facts of PyTorch shape it:
 
 * Inside a compiled region a draw that no forward output depends on may be drawn again in the backward graph, which
   silently turns the gradient into noise around zero. There, draws go through a custom operator that takes a real
-  activation as an argument, tagged as seeded randomness so that equal-looking draws are not merged. That alone is not
-  enough: the partitioner still repeats the operator wherever its arguments are smaller than what was drawn from it.
-  `anchor` ties what a layer keeps to its output; the forward pass then needs the draw, and it is never repeated.
+  activation as an argument, tagged as seeded randomness. That alone is not enough. The partitioner still repeats the
+  operator wherever its arguments are smaller than what was drawn from it: `anchor` ties what a layer keeps to its
+  output; the forward pass then needs the draw, and it is never repeated. And two draws for the same activation, as for
+  queries, keys and values, are merged as a common subexpression: every draw of a graph carries a number of its own.
 * Only torch's default generator is restored by activation checkpointing and saved with checkpoints, so layers use no
   other one. Function-style callers may pass ``generator=``.
 * Trainers seed all ranks alike. With equal seeds every rank would draw the same sketch and averaging over ranks would
@@ -15,6 +16,7 @@ Three facts of PyTorch shape it:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -63,19 +65,31 @@ def _draw_uniform(
 
 torch.library.define(
     "cheapgrad::uniform",
-    "(Tensor like, SymInt[] shape, bool double) -> Tensor",
+    "(Tensor like, SymInt[] shape, bool double, int number) -> Tensor",
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 
 
 @torch.library.impl("cheapgrad::uniform", "CompositeExplicitAutograd")
-def _uniform_operator(like: Tensor, shape: Sequence[int], double: bool) -> Tensor:
+def _uniform_operator(like: Tensor, shape: Sequence[int], double: bool, number: int) -> Tensor:
     return _draw_uniform(shape, torch.float64 if double else torch.float32, like.device, None)
 
 
 @torch.library.register_fake("cheapgrad::uniform")
-def _uniform_fake(like: Tensor, shape: Sequence[int], double: bool) -> Tensor:
+def _uniform_fake(like: Tensor, shape: Sequence[int], double: bool, number: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float64 if double else torch.float32)
+
+
+_draws_traced = itertools.count()
+
+
+def _number_of_draw() -> int:
+    """Return another number at every call; the compiler calls it while it traces and writes the number down."""
+    return next(_draws_traced)
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the compiler with this package.
+_number_of_draw._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 torch.library.define("cheapgrad::anchor", "(Tensor tensor, Tensor[] kept) -> Tensor")
@@ -125,7 +139,7 @@ def uniform(
         A tensor of `shape`; on rank r of a process group independent of the other ranks' even under equal seeds.
     """
     if torch.compiler.is_compiling() and generator is None:
-        return torch.ops.cheapgrad.uniform(like, list(shape), double)
+        return torch.ops.cheapgrad.uniform(like, list(shape), double, _number_of_draw())
     return _draw_uniform(shape, torch.float64 if double else torch.float32, like.device, generator)
 
 

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cheapgrad.auditing._streaming import LARGEST_TESTABLE_SKEWNESS, StreamingMoments
+from cheapgrad.auditing._mean_test import mean_z_scores, standard_errors
 from cheapgrad.auditing.student import student_band
 from cheapgrad.errors import BudgetError, GradientDrawError, check_count
 
-# Random directions on which the bias is projected, beside the direction of the gradient itself.
-_DIRECTIONS = 8
-_DIRECTION_SEED = 20240229
+# Into how many groups the entries of a tensor are dealt, and how many entries a group has at least: few enough for a
+# bias in a corner to show, enough for a sum to be near normal.
+_MOST_GROUPS = 32
+_LEAST_GROUP = 64
+_DEALING_SEED = 20240229
 # A difference below this many units in the last place of a tensor's largest entry is rounding, not bias.
 _FORGIVEN_ULPS = 64
 # One-sided 99 % point of the normal distribution.
@@ -32,11 +34,8 @@ class TensorMoments:
         coordinates: how many entries it has.
         squared_norm: ``‖g‖²`` of the exact gradient.
         relative_variance: ``E‖ĝ − g‖² / ‖g‖²``; infinite where g is zero and ĝ is not.
-        max_abs_z: largest absolute z-score of its entries and of its projections.
+        max_abs_z: largest absolute z-score of its projections; infinite if it never changes and is wrong.
         z_along_gradient: z-score of the projection on the exact gradient.
-        tested_coordinates: entries that were tested on their own.
-        undecided_coordinates: entries whose draws are too rare or too skewed for a test of their own.
-        undecided_relative_bias: norm of the mean error on entries that never changed, divided by ``‖g‖``.
         detectable_relative_bias: error of scale, as a fraction, that would have been found with probability 0.99.
     """
 
@@ -46,9 +45,6 @@ class TensorMoments:
     relative_variance: float
     max_abs_z: float
     z_along_gradient: float
-    tested_coordinates: int
-    undecided_coordinates: int
-    undecided_relative_bias: float
     detectable_relative_bias: float
 
 
@@ -89,7 +85,7 @@ class GradientMoments:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain lists and numbers, ready for JSON; infinities become ``"inf"``."""
-        return {**_finite(asdict(self)), "unbiased": self.unbiased}
+        return {**_plain(asdict(self)), "unbiased": self.unbiased}
 
 
 def measure_gradient_moments(
@@ -103,10 +99,9 @@ def measure_gradient_moments(
 ) -> GradientMoments:
     """Draw a random gradient a fixed number of times and compare its moments with the exact gradient.
 
-    For every entry, with ``d_i`` the error of draw i and n draws, ``z = d̄ / (s / √n)`` is compared with the two-sided
-    Student band at ``alpha / tests``. Besides the entries, the projections of each tensor, and of the whole gradient,
-    on the exact gradient and on eight fixed random sign vectors are tested: a bias spread thinly over many entries adds
-    up there, and sums of many entries are close to normal where single entries are not.
+    With ``d_i`` the error of draw i and n draws, the mean of ``⟨u, d_i⟩`` over its standard error is compared with the
+    two-sided Student band at ``alpha / tests``, for these directions u: the exact gradient, of each tensor and as a
+    whole, and random signs on each of up to 32 groups into which the entries of each tensor are dealt at random.
 
     Args:
         draw_gradient: no arguments; returns the tensors of one random gradient, drawn independently of the others.
@@ -120,12 +115,12 @@ def measure_gradient_moments(
         Relative variance, z-scores, their band and what bias would have been seen, in total and for each tensor.
 
     Law:
-        The relative variance is unbiased. False alarms stay below `alpha` as far as the means of the draws are near
-        normal; so entries whose draws are strongly skewed (|skewness| > 3: less than one draw in twelve contributes)
-        are left to the projections and counted as undecided, z-scores are corrected for the skewness that is left, and
-        a tensor that never changes must equal the exact one to within rounding. A bias confined to undecided entries
-        can go unseen; `undecided_relative_bias` is the error on those of them that never changed. Memory: about 150
-        bytes for each entry; only a few numbers for each tensor grow with `draws`.
+        The relative variance is unbiased. False alarms stay below `alpha` as far as the means of the projections are
+        near normal, skewness being corrected for. Entries are not tested one by one, because that does not hold for
+        them: an entry may live on an event that comes once in a thousand draws, and 256 draws that miss it look like a
+        tight distribution around a wrong mean (a z-score of 246 was seen for an unbiased codec). A tensor that never
+        changes must equal the exact one to within rounding. Memory: about 60 bytes for each entry; only a few numbers
+        for each tensor grow with `draws`.
 
     Raises:
         GradientDrawError: a draw does not fit the exact gradient in number, presence or shape, or is not finite.
@@ -168,40 +163,70 @@ class _Audit:
         self.sizes = [tensor.numel() for tensor in exact_gradient]
         self.device = exact_gradient[0].device
         # The concatenation is a copy: the caller's tensors may be `.grad` fields that the next draw overwrites.
-        self.exact_P = self._join(exact_gradient, "the exact gradient")
-        self.squared_norms = [float(part.square().sum()) for part in self.split(self.exact_P)]
+        self.exact = self._join(exact_gradient, "the exact gradient")
+        self.squared_norms = [float(part.square().sum()) for part in self.split(self.exact)]
         self.resolutions = [
             _FORGIVEN_ULPS * torch.finfo(tensor.dtype).eps * float(tensor.abs().max()) if tensor.numel() else 0.0
             for tensor in exact_gradient
         ]
-        self.resolution_P = torch.cat(
-            [
-                torch.full((size,), unit, dtype=torch.float64)
-                for size, unit in zip(self.sizes, self.resolutions, strict=True)
-            ]
-        ).to(self.device)
-        generator = torch.Generator().manual_seed(_DIRECTION_SEED)
-        coins = torch.randint(0, 2, (_DIRECTIONS, self.exact_P.numel()), generator=generator)
-        self.signs = (2 * coins - 1).to(self.device, torch.float32)
-        self.entries = StreamingMoments(self.exact_P.shape, self.device)
-        # One row for each tensor: its squared error, its projection on the exact gradient, those on random signs.
+        self._deal_groups()
+        self.first_error: Tensor | None = None
+        self.varies = [False] * len(self.sizes)
+        # Of each draw: squared error and projection on the exact gradient, by tensor; signed sums, by group.
         self.figures: list[Tensor] = []
+        self.group_sums: list[Tensor] = []
+
+    def _deal_groups(self) -> None:
+        """Deal the entries of each tensor into groups, and give each a random sign."""
+        self.group_counts = [max(1, min(_MOST_GROUPS, size // _LEAST_GROUP)) for size in self.sizes]
+        generator = torch.Generator().manual_seed(_DEALING_SEED)
+        dealt, first = [], 0
+        for size, count in zip(self.sizes, self.group_counts, strict=True):
+            dealt.append(first + torch.randint(0, count, (size,), generator=generator))
+            first += count
+        self.group_of = torch.cat(dealt).to(self.device)
+        coins = torch.randint(0, 2, self.group_of.shape, generator=generator)
+        self.sign = (2 * coins - 1).to(self.device, torch.float64)
 
     def add(self, drawn: Sequence[Tensor], where: str) -> None:
         if len(drawn) != len(self.names):
             raise GradientDrawError(f"{where} has {len(drawn)} tensors, but the exact gradient has {len(self.names)}")
-        error_P = self._join(drawn, where) - self.exact_P
-        self.entries.add(error_P)
-        squared = torch.stack([part.sum() for part in self.split(error_P.square())])
-        along = torch.stack([part.sum() for part in self.split(error_P * self.exact_P)])
-        signed = [
-            part @ signs.T for part, signs in zip(self.split(error_P.float()), self.split(self.signs), strict=True)
-        ]
-        self.figures.append(torch.cat([torch.stack([squared, along], dim=1), torch.stack(signed)], dim=1).cpu())
+        error = self._join(drawn, where) - self.exact
+        if self.first_error is None:
+            self.first_error = error
+        else:
+            changes = self.split((error - self.first_error).abs())
+            self.varies = [
+                varies or bool((change > unit).any())
+                for varies, change, unit in zip(self.varies, changes, self.resolutions, strict=True)
+            ]
+        squared = torch.stack([part.sum() for part in self.split(error.square())])
+        along = torch.stack([part.sum() for part in self.split(error * self.exact)])
+        self.figures.append(torch.stack([squared, along]).cpu())
+        sums = torch.bincount(self.group_of, weights=error * self.sign, minlength=sum(self.group_counts))
+        self.group_sums.append(sums.cpu())
 
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Split the last axis, of all entries, into one part for each tensor."""
-        return tensor.split(self.sizes, dim=-1)
+    def split(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Split a vector of all entries into one part for each tensor."""
+        return vector.split(self.sizes)
+
+    def largest_z(self, position: int, z: Tensor) -> float:
+        """Return the largest of a tensor's z-scores; infinity if it never changed and is not the exact one."""
+        if not self.varies[position] and self.first_error is not None:
+            error = self.split(self.first_error)[position]
+            return math.inf if bool((error.abs() > self.resolutions[position]).any()) else 0.0
+        return float(z.abs().max())
+
+    def resolutions_of_tests(self) -> Tensor:
+        """Return how large a projection rounding explains, for the whole gradient, each tensor and each group.
+
+        Rounding errors of different entries are taken as independent, so those of a sum add up in squares.
+        """
+        units = torch.tensor(self.resolutions, dtype=torch.float64)
+        squares_of_tensors = units.square() * torch.tensor(self.squared_norms, dtype=torch.float64)
+        members = torch.bincount(self.group_of.cpu(), minlength=sum(self.group_counts))
+        squares_of_groups = members * units.square().repeat_interleave(torch.tensor(self.group_counts))
+        return torch.cat([squares_of_tensors.sum().view(1), squares_of_tensors, squares_of_groups]).sqrt()
 
     def _join(self, tensors: Sequence[Tensor | None], where: str) -> Tensor:
         parts = []
@@ -225,71 +250,33 @@ class _Audit:
         return torch.cat(parts)
 
 
-@dataclass(frozen=True)
-class _Entries:
-    """What the entries of one tensor say, before the band is known."""
-
-    max_abs_z: float
-    tested: int
-    undecided: int
-    squared_frozen_error: float
-
-
-def _test_entries(audit: _Audit) -> list[_Entries]:
-    moments = audit.entries
-    varies_P = (moments.squares / moments.count).sqrt() > audit.resolution_P
-    testable_P = varies_P & (moments.skewness.abs() <= LARGEST_TESTABLE_SKEWNESS)
-    wrong_P = moments.mean.abs() > audit.resolution_P
-    z_P = moments.z_scores(audit.resolution_P)
-    results = []
-    by_tensor = map(audit.split, (varies_P, testable_P, wrong_P, z_P, moments.mean))
-    for varies, testable, wrong, z, mean in zip(*by_tensor, strict=True):
-        if not bool(varies.any()):
-            # Nothing here is random, so it has to be right.
-            results.append(_Entries(math.inf if bool(wrong.any()) else 0.0, 0, 0, 0.0))
-            continue
-        frozen = ~varies & wrong
-        undecided = int((varies & ~testable).sum() + frozen.sum())
-        largest = float(z[testable].abs().max()) if bool(testable.any()) else 0.0
-        results.append(_Entries(largest, int(testable.sum()), undecided, float(mean[frozen].square().sum())))
-    return results
-
-
-@dataclass(frozen=True)
-class _Projections:
-    """Z-scores of the projections, the one on the exact gradient first, and the standard error of that one."""
-
-    z: Tensor
-    standard_error_along: float
-
-    @property
-    def max_abs_z(self) -> float:
-        return float(self.z.abs().max())
-
-
-def _test_projections(audit: _Audit, positions: Sequence[int]) -> _Projections:
-    """Test the projections of the tensors at `positions`, taken together."""
-    chosen = list(positions)
-    series = torch.stack(audit.figures)[:, chosen, 1:].sum(dim=1)
-    moments = StreamingMoments(series[0].shape, series.device)
-    for value in series:
-        moments.add(value)
-    # Rounding errors of different entries are taken as independent, so those of a projection add up in squares.
-    along = math.sqrt(sum(audit.resolutions[i] ** 2 * audit.squared_norms[i] for i in chosen))
-    signed = math.sqrt(sum(audit.resolutions[i] ** 2 * audit.sizes[i] for i in chosen))
-    resolution = torch.tensor([along] + [signed] * _DIRECTIONS, dtype=torch.float64)
-    return _Projections(moments.z_scores(resolution), float(moments.standard_error[0]))
-
-
 def _summarise(audit: _Audit, draws: int, alpha: float) -> GradientMoments:
-    entries = _test_entries(audit)
-    everything = range(len(audit.names))
-    tests = sum(found.tested for found in entries) + (1 + _DIRECTIONS) * (len(entries) + 1)
+    squared, along = torch.stack(audit.figures, dim=1)
+    # A column for each test: the whole gradient, every tensor, every group.
+    series = torch.cat([along.sum(1, keepdim=True), along, torch.stack(audit.group_sums)], dim=1)
+    z_scores = mean_z_scores(series, audit.resolutions_of_tests())
+    errors = standard_errors(series)
+    tests = series.shape[1]
     band = student_band(alpha / tests, draws - 1)
-    tensors = tuple(_summarise_tensor(audit, position, entries[position], band) for position in everything)
-    projections = _test_projections(audit, everything)
+    # A bias beyond the band by this margin is found 99 times in 100: besides the mean, the standard error is itself
+    # estimated, here and in the audit that has to find the bias.
+    reach = band + _NORMAL_99 * math.sqrt(1 + band**2 / (draws - 1))
+
+    group_z = z_scores[1 + len(audit.names) :].split(audit.group_counts)
+    tensors = tuple(
+        TensorMoments(
+            name=name,
+            coordinates=audit.sizes[position],
+            squared_norm=audit.squared_norms[position],
+            relative_variance=_relative(float(squared[:, position].mean()), audit.squared_norms[position]),
+            max_abs_z=audit.largest_z(position, torch.cat([z_scores[1 + position].view(1), group_z[position]])),
+            z_along_gradient=float(z_scores[1 + position]),
+            detectable_relative_bias=_relative(reach * float(errors[1 + position]), audit.squared_norms[position]),
+        )
+        for position, name in enumerate(audit.names)
+    )
     squared_norm = sum(audit.squared_norms)
-    squared_errors = torch.stack(audit.figures)[:, :, 0].sum(dim=1)
+    squared_errors = squared.sum(1)
     return GradientMoments(
         draws=draws,
         alpha=alpha,
@@ -298,36 +285,11 @@ def _summarise(audit: _Audit, draws: int, alpha: float) -> GradientMoments:
         squared_norm=squared_norm,
         relative_variance=_relative(float(squared_errors.mean()), squared_norm),
         relative_variance_standard_error=_relative(float(squared_errors.std()) / math.sqrt(draws), squared_norm),
-        max_abs_z=max([projections.max_abs_z, *(tensor.max_abs_z for tensor in tensors)]),
-        z_along_gradient=float(projections.z[0]),
-        detectable_relative_bias=_detectable(len(audit.figures), band, projections, squared_norm),
+        max_abs_z=max([abs(float(z_scores[0])), *(tensor.max_abs_z for tensor in tensors)]),
+        z_along_gradient=float(z_scores[0]),
+        detectable_relative_bias=_relative(reach * float(errors[0]), squared_norm),
         tensors=tensors,
     )
-
-
-def _summarise_tensor(audit: _Audit, position: int, entries: _Entries, band: float) -> TensorMoments:
-    projections = _test_projections(audit, [position])
-    squared_norm = audit.squared_norms[position]
-    squared_error = float(torch.stack(audit.figures)[:, position, 0].mean())
-    return TensorMoments(
-        name=audit.names[position],
-        coordinates=audit.sizes[position],
-        squared_norm=squared_norm,
-        relative_variance=_relative(squared_error, squared_norm),
-        max_abs_z=max(entries.max_abs_z, projections.max_abs_z),
-        z_along_gradient=float(projections.z[0]),
-        tested_coordinates=entries.tested,
-        undecided_coordinates=entries.undecided,
-        undecided_relative_bias=math.sqrt(_relative(entries.squared_frozen_error, squared_norm)),
-        detectable_relative_bias=_detectable(len(audit.figures), band, projections, squared_norm),
-    )
-
-
-def _detectable(draws: int, band: float, projections: _Projections, squared_norm: float) -> float:
-    # A bias beyond the band by this margin is found 99 times in 100: besides the mean, the standard error is itself
-    # estimated, here and in the audit that has to find the bias.
-    margin = _NORMAL_99 * math.sqrt(1 + band**2 / (draws - 1))
-    return _relative((band + margin) * projections.standard_error_along, squared_norm)
 
 
 def _relative(value: float, squared_norm: float) -> float:
@@ -336,9 +298,9 @@ def _relative(value: float, squared_norm: float) -> float:
     return math.inf if value > 0 else 0.0
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,66 @@
+"""Every entry of the table but those on two processes, which `test_distributed` runs."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+from tests.contexts.checks import check_draws
+from tests.contexts.runners import RUNNERS, converted_model, problem
+from tests.contexts.table import CONTEXTS, ROWS
+from tests.convert.models import Conv1D
+from tests.devices import DEVICES
+
+DRAWS = 64
+ENTRIES = [
+    pytest.param(
+        context,
+        row,
+        id=f"{context.key}-{row.name}",
+        marks=[pytest.mark.slow] if context.key == "inductor" else [],
+    )
+    for context in CONTEXTS
+    if context.key in RUNNERS
+    for row in ROWS
+    if context.covers(row)
+]
+
+
+@pytest.fixture(autouse=True)
+def _importable_stand_in(monkeypatch):
+    """Let pickle find the stand-in for the transformers library's class."""
+    package, library = types.ModuleType("transformers"), types.ModuleType("transformers.pytorch_utils")
+    library.Conv1D = Conv1D
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("context", "row"), ENTRIES)
+def test_entry(context, row, device):
+    draw = RUNNERS[context.key](row, device)
+    torch.manual_seed(1)
+    check_draws(row, draw(DRAWS), tolerance=2e-2 if context.key == "autocast" else 1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_under_autocast_low_precision_is_kept_and_forward_is_stock(row, device):
+    model, (x, _) = converted_model(row, device), problem(row, device)
+    held = []
+    with (
+        torch.autocast(device, torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor) or tensor, lambda tensor: tensor),
+    ):
+        output = model(x)
+    with torch.autocast(device, torch.bfloat16), torch.no_grad():
+        expected = model(x)
+    assert torch.equal(output, expected)
+    floating = [tensor for tensor in held if tensor.is_floating_point()]
+    assert floating
+    # A random map of normal numbers stays in single precision; what it was applied to does not.
+    maps = 1 if "Gaussian" in row.name else 0
+    assert sum(tensor.dtype != torch.bfloat16 for tensor in floating) == maps

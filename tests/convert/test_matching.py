@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from cheapgrad import Rule, approximate
-from cheapgrad.errors import NoEffectWarning
-from cheapgrad.sketch import ColumnSample, LowRank, RowSample, StochasticRounding
+from cheapgrad.errors import ConversionError, NoEffectWarning, NoMatchError
+from cheapgrad.sketch import ColumnSample, ExampleSample, LowRank, RowSample, StochasticRounding
 from tests.convert.models import HALF, KeepsForward, Network, OverridesForward, convert, gradients
 
 LAYERS = ["blocks.0.fc1", "blocks.0.fc2", "blocks.1.fc1", "blocks.1.fc2", "head"]
@@ -107,10 +107,45 @@ def test_skip_reason_too_small(layer, strategies, text):
 def test_both_moments_are_judged_apart():
     # 288 weights: too few for a cotangent sketch, but every pixel of a picture is stored.
     model = nn.Sequential(nn.Conv2d(4, 8, 3))
-    handle = approximate(model, Rule(stored=StochasticRounding(4), cotangent=HALF))
+    handle = approximate(model, Rule(stored=StochasticRounding(4), cotangent=ExampleSample(0.5)))
     (row,) = handle.rows
     assert (row.status, row.stored, row.cotangent) == ("converted", "StochasticRounding(bits=4)", None)
     assert "too small to pay: 288 weights, under 1024" in row.remark
+
+
+def test_strategies_that_save_no_time_in_a_convolution_are_listed():
+    model = nn.Sequential(nn.Conv2d(64, 64, 3))
+    with pytest.warns(NoEffectWarning, match="no time saved: RowSample of the cotangent is no faster than a native"):
+        handle = approximate(model, Rule(cotangent=HALF))
+    assert handle.rows[0].status == "skipped"
+    assert converted(approximate(model, Rule(cotangent=HALF), skip_small=False)) == ["0"]
+
+
+def test_a_convolution_with_another_inner_forward_is_left_alone():
+    class Standardised(nn.Conv2d):
+        def _conv_forward(self, input, weight, bias):
+            return super()._conv_forward(input, weight * 2, bias)
+
+    with pytest.raises(NoMatchError, match="matches only layers that cannot be converted: Standardised"):
+        approximate(nn.Sequential(Standardised(64, 64, 3)), Rule(stored=StochasticRounding(4)))
+
+
+def test_a_rule_that_later_ones_hide_is_a_warning():
+    model = nn.Sequential(nn.Linear(256, 256))
+    with pytest.warns(NoEffectWarning, match="the rule for '0' has no effect: later rules win"):
+        approximate(model, Rule("0", stored=StochasticRounding(4)), Rule(cotangent=HALF))
+
+
+def test_a_class_that_refuses_leaves_everything_as_it_was():
+    class Refusing(nn.Linear):
+        def __init_subclass__(cls):
+            raise TypeError("final")
+
+    model = nn.Sequential(nn.Linear(256, 256), Refusing(256, 256))
+    with pytest.raises(ConversionError, match=r"refuses to be subclassed \(final\); the model is unchanged"):
+        approximate(model, Rule(cotangent=HALF))
+    assert [type(layer) for layer in model] == [nn.Linear, Refusing]
+    assert not any("_cheapgrad" in layer.__dict__ for layer in model)
 
 
 def unsupported_norm():

@@ -62,7 +62,9 @@ def test_predicted_numbers_are_the_laws(placement):
         expected["input"] += float(law.input)
     # A lazily refreshed basis is found anew, at random, whenever the law is evaluated.
     tolerance = 0.15 if "refresh" in placement.name else 1e-5
-    assert row.weight_variance == pytest.approx(expected["weight"], rel=tolerance)
+    # Where both moments act, dW is not the sum of two laws: test_predict_measured holds it to draws.
+    if placement.stored is None or placement.cotangent is None:
+        assert row.weight_variance == pytest.approx(expected["weight"], rel=tolerance)
     assert row.input_variance == pytest.approx(expected["input"], rel=tolerance)
     weight_gradient = cotangent_NO.mT @ rows_NI
     assert row.weight_norm_squared == pytest.approx(float(weight_gradient.square().sum()), rel=1e-5)

@@ -14,7 +14,15 @@ from cheapgrad.convert.obstacles import find_obstacle
 from cheapgrad.convert.rule import Rule
 from cheapgrad.convert.sketched_layer import Conversion, SketchedLayer, Switch, sketched_class
 from cheapgrad.convert.wrappers import unwrap
-from cheapgrad.errors import ConversionError, ModelTypeError, NoEffectWarning, NoMatchError, RuleError, nearest_match
+from cheapgrad.errors import (
+    BudgetError,
+    ConversionError,
+    ModelTypeError,
+    NoEffectWarning,
+    NoMatchError,
+    RuleError,
+    nearest_match,
+)
 from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import AbstractStrategy, Moment
 
@@ -96,9 +104,13 @@ def approximate(model: nn.Module, *rules: Rule, skip_small: bool = True) -> Hand
         if decision.rule is None:
             continue
         records.append(_record(decision, tied))
-    for decision in decisions:
-        if decision.stored is not None or decision.cotangent is not None:
-            _swap(decision, switch)
+    _swap_all(decisions, switch)
+    for rule in _rules_without_effect(rules, decisions):
+        warnings.warn(
+            f"the rule for {rule.pattern!r} has no effect: later rules win on every layer it matches",
+            NoEffectWarning,
+            stacklevel=2,
+        )
     if not any(record.status == "converted" for record in records):
         reasons = "; ".join(f"{record.name or '(model)'}: {record.remark}" for record in records[:5])
         warnings.warn(f"cheapgrad.approximate converted nothing: {reasons}", NoEffectWarning, stacklevel=2)
@@ -129,7 +141,7 @@ def _decide(layer: _Layer, rules: tuple[Rule, ...], skip_small: bool) -> _Decisi
         return decision
     if isinstance(module, SketchedLayer):
         raise ConversionError(
-            f"layer {decision.name!r} is converted already; "
+            f"layer {decision.name or '(model)'!r} is converted already; "
             "call handle.revert() first, or use patterns that do not overlap"
         )
     kind = kind_of(type(module))
@@ -140,7 +152,10 @@ def _decide(layer: _Layer, rules: tuple[Rule, ...], skip_small: bool) -> _Decisi
     for moment, strategy in ((Moment.STORED, rule.stored), (Moment.COTANGENT, rule.cotangent)):
         if strategy is None:
             continue
-        strategy.check_layer(*kind.sizes(module), moment)
+        try:
+            strategy.check_layer(*kind.sizes(module), moment)
+        except BudgetError as error:
+            raise BudgetError(f"layer {decision.name or '(model)'!r}: {error}") from None
         reason = _why_not(module, kind, strategy, moment, skip_small)
         if reason:
             remarks.append(reason)
@@ -169,10 +184,20 @@ def _why_not(module: nn.Module, kind: LayerKind, strategy: AbstractStrategy, mom
         return "frozen: PyTorch keeps no input of a frozen layer"
     if not skip_small:
         return ""
+    if moment is Moment.COTANGENT and isinstance(strategy, kind.slow_cotangents):
+        return (
+            f"no time saved: {type(strategy).__name__} of the cotangent is no faster than a native {kind.name}; "
+            "use ExampleSample or ColumnSample (skip_small=False converts it)"
+        )
     least = kind.least_weights[moment]
     if weight.numel() < least:
         return f"too small to pay: {weight.numel()} weights, under {least} (skip_small=False converts it)"
     return ""
+
+
+def _rules_without_effect(rules: tuple[Rule, ...], decisions: list[_Decision]) -> list[Rule]:
+    winners = {id(decision.rule) for decision in decisions}
+    return [rule for rule in rules if id(rule) not in winners]
 
 
 def _check_matches(rules: tuple[Rule, ...], decisions: list[_Decision]) -> None:
@@ -218,14 +243,32 @@ def _record(decision: _Decision, tied: dict[int, list[str]]) -> LayerRecord:
     )
 
 
-def _swap(decision: _Decision, switch: Switch) -> None:
-    module = decision.module
-    plan = Plan(
+def _swap_all(decisions: list[_Decision], switch: Switch) -> None:
+    """Swap the classes of all layers, or of none."""
+    chosen = [decision for decision in decisions if decision.stored is not None or decision.cotangent is not None]
+    # Made first: a class may refuse to be subclassed.
+    try:
+        classes = [sketched_class(type(decision.module)) for decision in chosen]
+    except Exception as error:
+        raise ConversionError(f"a layer's class refuses to be subclassed ({error}); the model is unchanged") from error
+    swapped: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for decision, cls in zip(chosen, classes, strict=True):
+            original = type(decision.module)
+            object.__setattr__(decision.module, "__class__", cls)
+            swapped.append((decision.module, original))
+            decision.module.__dict__["_cheapgrad"] = Conversion(original, _plan_for(decision), switch)
+    except Exception as error:
+        for module, original in swapped:
+            object.__setattr__(module, "__class__", original)
+            module.__dict__.pop("_cheapgrad", None)
+        raise ConversionError(f"a layer's class cannot be swapped ({error}); the model is unchanged") from error
+
+
+def _plan_for(decision: _Decision) -> Plan:
+    return Plan(
         decision.stored,
         decision.cotangent,
         decision.stored.new_memory() if decision.stored else None,
         decision.cotangent.new_memory() if decision.cotangent else None,
     )
-    original = type(module)
-    module.__dict__["_cheapgrad"] = Conversion(original, plan, switch)
-    module.__class__ = sketched_class(original)

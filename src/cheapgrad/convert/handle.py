@@ -90,7 +90,7 @@ class Handle:
         try:
             # A compiled model runs eagerly here: the probes are side effects that no graph may hold.
             with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(), torch.enable_grad():
-                gradients = self._gradients(closure)
+                gradients = self._gradients(closure, [module._cheapgrad.probe for module in layers.values()])
                 # Inside too: some laws draw, such as that of a lazily refreshed basis.
                 predictions = {name: predict_variances(module, gradients) for name, module in layers.items()}
         finally:
@@ -101,19 +101,19 @@ class Handle:
         )
         return self.rows
 
-    def _gradients(self, closure: Callable[[], Tensor]) -> dict[int, Tensor]:
+    def _gradients(self, closure: Callable[[], Tensor], probes: list[Probe | None]) -> dict[int, Tensor]:
+        """Return the gradients of parameters and of the probed inputs, by the tensor's id."""
         loss = closure()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ShapeError(
                 f"the closure must return a scalar loss that requires grad, but returned {_describe(loss)}; "
                 "return e.g. loss_function(model(x), y) without calling backward"
             )
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+        wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        wanted += [x for probe in probes if probe is not None for x in probe.inputs]
+        gradients = torch.autograd.grad(loss.sum(), wanted, allow_unused=True)
         return {
-            id(parameter): gradient
-            for parameter, gradient in zip(parameters, gradients, strict=True)
-            if gradient is not None
+            id(tensor): gradient for tensor, gradient in zip(wanted, gradients, strict=True) if gradient is not None
         }
 
     def summary(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cheapgrad.ops._convolution_geometry import as_images, as_matrix
 from cheapgrad.ops.convolution import ConvolutionConfig, sketched_convolution
 from cheapgrad.ops.convolution_law import (
     ConvolutionShape,
@@ -17,13 +18,43 @@ from cheapgrad.ops.convolution_law import (
 )
 from cheapgrad.ops.linear import sketched_linear
 from cheapgrad.ops.plan import Plan
-from cheapgrad.sketch import AbstractStrategy, LayerShape, Moment, Variance
+from cheapgrad.sketch import (
+    AbstractStrategy,
+    ElementMask,
+    LayerShape,
+    LayerTensors,
+    LowRank,
+    Moment,
+    RowProjection,
+    RowSample,
+    Variance,
+)
 from cheapgrad.sketch.law import dense_bytes, dense_flops
 
 # Below this many weights the draw costs more time than the smaller products save, and a layer with few weights has few
 # outputs for its rounding noise to be averaged over. A convolution uses every weight at many pixels.
 _LINEAR_LIMITS = {Moment.STORED: 128 * 128, Moment.COTANGENT: 128 * 128}
 _CONVOLUTION_LIMITS = {Moment.STORED: 0, Moment.COTANGENT: 1024}
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """The tensors of one use of a layer, recorded in an exact pass.
+
+    Attributes:
+        input: X, in the layer's own shape.
+        cotangent: G, in the shape of the output.
+        wants_input: whether the input needs a gradient.
+    """
+
+    input: Tensor
+    cotangent: Tensor
+    wants_input: bool
+
+    @property
+    def examples(self) -> int:
+        """B: the first axis of an input with at least two."""
+        return self.input.shape[0] if self.input.dim() > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -38,8 +69,11 @@ class LayerKind:
         shape: (module, input, output) to the sizes that costs are functions of.
         flops: (strategy or None for exact, moment, sizes) to the FLOPs of dX and dW.
         saved_bytes: (strategy or None for exact, moment, sizes) to the bytes held in place of X.
-        variance: ``(module, strategy, moment, input, cotangent, wants input gradient) -> Variance``.
+        variance: ``(module, strategy, moment, use, memory) -> Variance`` for one use of the layer.
+        cotangent_rows: ``(cotangent) -> [N, O]``, the matrix that strategies sketch.
+        cotangent_like: ``([N, O], cotangent) -> `` a stand-in in the cotangent's shape.
         input_name: what the stock forward calls its first argument.
+        slow_cotangents: strategies that are unbiased for the cotangent but save no time here.
         least_weights: layers with fewer weights are too small to pay, by moment.
     """
 
@@ -50,13 +84,21 @@ class LayerKind:
     shape: Callable[[Any, Tensor, Tensor], Any]
     flops: Callable[[AbstractStrategy | None, Moment, Any], float]
     saved_bytes: Callable[[AbstractStrategy | None, Moment, Any], float]
-    variance: Callable[[Any, AbstractStrategy, Moment, Tensor, Tensor, bool], Variance]
+    variance: Callable[[Any, AbstractStrategy, Moment, LayerUse, Any], Variance]
+    cotangent_rows: Callable[[Tensor], Tensor]
+    cotangent_like: Callable[[Tensor, Tensor], Tensor]
     least_weights: Mapping[Moment, int]
     input_name: str = "input"
+    slow_cotangents: tuple[type[AbstractStrategy], ...] = ()
+
+
+# What a stock forward calls on its own module: a subclass that overrides one of these has another forward.
+_FORWARD_PARTS = ("forward", "_conv_forward", "_output_padding")
 
 
 def _runs_stock_forward(stock: type[nn.Module]) -> Callable[[type[nn.Module]], bool]:
-    return lambda cls: issubclass(cls, stock) and cls.forward is stock.forward
+    parts = [part for part in _FORWARD_PARTS if part in dir(stock)]
+    return lambda cls: issubclass(cls, stock) and all(getattr(cls, part) is getattr(stock, part) for part in parts)
 
 
 def _run_linear(module: Any, plan: Plan, x: Tensor) -> Tensor:
@@ -74,15 +116,15 @@ def _matrix_shape(module: Any, x: Tensor, output: Tensor) -> LayerShape:
 
 
 def _matrix_variance(
-    strategy: AbstractStrategy, moment: Moment, x: Tensor, grad: Tensor, weight_OI: Tensor | None
+    strategy: AbstractStrategy, moment: Moment, use: LayerUse, memory: Any, weight_OI: Tensor
 ) -> Variance:
-    return strategy.law.variance(
-        x.reshape(-1, x.shape[-1]),
-        grad.reshape(-1, grad.shape[-1]),
-        weight_OI,
-        moment=moment,
-        examples=x.shape[0] if x.dim() > 1 else 1,
+    tensors = LayerTensors(
+        use.input.reshape(-1, use.input.shape[-1]),
+        use.cotangent.reshape(-1, use.cotangent.shape[-1]),
+        weight_OI.detach() if use.wants_input else None,
+        use.examples,
     )
+    return strategy.variance_with_memory(tensors, moment, memory)
 
 
 def _matrix_flops(strategy: AbstractStrategy | None, moment: Moment, shape: LayerShape) -> float:
@@ -91,12 +133,6 @@ def _matrix_flops(strategy: AbstractStrategy | None, moment: Moment, shape: Laye
 
 def _matrix_bytes(strategy: AbstractStrategy | None, moment: Moment, shape: LayerShape) -> float:
     return dense_bytes(shape) if strategy is None else strategy.law.saved_bytes(shape, moment)
-
-
-def _linear_variance(
-    module: Any, strategy: AbstractStrategy, moment: Moment, x: Tensor, grad: Tensor, wants_input: bool
-) -> Variance:
-    return _matrix_variance(strategy, moment, x, grad, module.weight.detach() if wants_input else None)
 
 
 LINEAR = LayerKind(
@@ -108,7 +144,11 @@ LINEAR = LayerKind(
     flops=_matrix_flops,
     saved_bytes=_matrix_bytes,
     least_weights=_LINEAR_LIMITS,
-    variance=_linear_variance,
+    variance=lambda module, strategy, moment, use, memory: _matrix_variance(
+        strategy, moment, use, memory, module.weight
+    ),
+    cotangent_rows=lambda cotangent: cotangent.reshape(-1, cotangent.shape[-1]),
+    cotangent_like=lambda rows_NO, cotangent: rows_NO.view(cotangent.shape),
 )
 
 
@@ -133,9 +173,11 @@ TRANSPOSED_LINEAR = LayerKind(
     flops=_matrix_flops,
     saved_bytes=_matrix_bytes,
     least_weights=_LINEAR_LIMITS,
-    variance=lambda module, strategy, moment, x, grad, wants_input: _matrix_variance(
-        strategy, moment, x, grad, module.weight.detach().t() if wants_input else None
+    variance=lambda module, strategy, moment, use, memory: _matrix_variance(
+        strategy, moment, use, memory, module.weight.t()
     ),
+    cotangent_rows=lambda cotangent: cotangent.reshape(-1, cotangent.shape[-1]),
+    cotangent_like=lambda rows_NO, cotangent: rows_NO.view(cotangent.shape),
     input_name="x",
 )
 
@@ -145,15 +187,22 @@ def _run_convolution(module: Any, plan: Plan, input: Tensor, output_size: list[i
     return sketched_convolution(input, module.weight, module.bias, config, plan)
 
 
+def _config_for(module: Any, x: Tensor, output: Tensor) -> ConvolutionConfig:
+    """Return the module's options, with the output padding that this output's size stands for."""
+    output_size = list(output.shape[-len(module.kernel_size) :]) if module.transposed else None
+    return ConvolutionConfig.from_module(module, x, output_size)
+
+
 def _convolution_shape(module: Any, x: Tensor, output: Tensor) -> ConvolutionShape:
-    return ConvolutionShape.of(x, module.weight, ConvolutionConfig.from_module(module))
+    return ConvolutionShape.of(x, module.weight, _config_for(module, x, output))
 
 
 def _convolution_variance(
-    module: Any, strategy: AbstractStrategy, moment: Moment, x: Tensor, grad: Tensor, wants_input: bool
+    module: Any, strategy: AbstractStrategy, moment: Moment, use: LayerUse, memory: Any
 ) -> Variance:
-    config = ConvolutionConfig.from_module(module)
-    return convolution_variance(strategy, moment, x, module.weight.detach(), grad, config)
+    # Laws of convolutions are evaluated without what the layer remembers: see the documentation of `predict`.
+    config = _config_for(module, use.input, use.cotangent)
+    return convolution_variance(strategy, moment, use.input, module.weight.detach(), use.cotangent, config)
 
 
 def _convolution_kind(stock: type[nn.Module]) -> LayerKind:
@@ -166,7 +215,10 @@ def _convolution_kind(stock: type[nn.Module]) -> LayerKind:
         flops=convolution_flops,
         saved_bytes=convolution_saved_bytes,
         variance=_convolution_variance,
+        cotangent_rows=as_matrix,
+        cotangent_like=lambda rows_NO, cotangent: as_images(rows_NO, cotangent.shape),
         least_weights=_CONVOLUTION_LIMITS,
+        slow_cotangents=(RowSample, ElementMask, RowProjection, LowRank),
     )
 
 

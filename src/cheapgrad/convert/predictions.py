@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cheapgrad.convert.layer_kinds import LayerKind, LayerUse
 from cheapgrad.convert.sketched_layer import Conversion, SketchedLayer
-from cheapgrad.sketch import AbstractStrategy, Moment
+from cheapgrad.ops.plan import Plan
+from cheapgrad.sketch import AbstractStrategy, ExampleSample, Moment, Operands, RowProjection, RowSample, Variance
+
+# Strategies that sketch the row axis.
+_ROW_SKETCHES = (RowSample, ExampleSample, RowProjection)
+_AVERAGED_DRAWS = 16
 
 
 def _strategies(conversion: Conversion) -> list[tuple[AbstractStrategy, Moment]]:
@@ -44,27 +51,49 @@ def _flops(conversion: Conversion) -> float:
 
 def predict_variances(module: SketchedLayer, gradients: dict[int, Tensor]) -> dict[str, Any]:
     """Return variances and norms from the probed passes, as fields of a `LayerRecord`."""
-    conversion = module._cheapgrad
-    probe = conversion.probe
+    probe = module._cheapgrad.probe
     if probe is None or not probe.uses:
         return {}
-    totals = {"weight_variance": 0.0, "input_variance": 0.0, "input_norm_squared": 0.0}
-    for x, grad, wants_input in probe.uses:
-        for strategy, moment in _strategies(conversion):
-            variance = conversion.kind.variance(module, strategy, moment, x, grad, wants_input)
-            totals["weight_variance"] += float(variance.weight)
-            totals["input_variance"] += float(variance.input)
-        if wants_input:
-            totals["input_norm_squared"] += _input_norm_squared(module, x, grad)
+    variances = [_variance_of_use(module, use) for use in probe.uses]
     weight_gradient = gradients.get(id(module.weight))
-    if weight_gradient is None:
-        return {**totals, "weight_variance": None, "weight_norm_squared": None}
-    return {**totals, "weight_norm_squared": float(weight_gradient.double().square().sum())}
+    return {
+        "weight_variance": sum(float(variance.weight) for variance in variances)
+        if weight_gradient is not None
+        else None,
+        "weight_norm_squared": _norm_squared(weight_gradient) if weight_gradient is not None else None,
+        "input_variance": sum(float(variance.input) for variance in variances),
+        "input_norm_squared": sum(_norm_squared(gradients[id(x)]) for x in probe.inputs if id(x) in gradients),
+    }
 
 
-def _input_norm_squared(module: SketchedLayer, x: Tensor, grad: Tensor) -> float:
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        output = module._cheapgrad.original_class.forward(module, leaf)
-        (grad_input,) = torch.autograd.grad(output, leaf, grad)
-    return float(grad_input.double().square().sum())
+def _norm_squared(tensor: Tensor) -> float:
+    return float(tensor.double().square().sum())
+
+
+def _variance_of_use(module: SketchedLayer, use: LayerUse) -> Variance:
+    kind, plan = module._cheapgrad.kind, module._cheapgrad.plan
+    of_stored = of_cotangent = None
+    if plan.cotangent is not None:
+        of_cotangent = kind.variance(module, plan.cotangent, Moment.COTANGENT, use, plan.cotangent_memory)
+        if isinstance(plan.cotangent, _ROW_SKETCHES) and isinstance(plan.stored, _ROW_SKETCHES):
+            # Rows that are sketched in what is stored are not sketched again for dW.
+            of_cotangent = Variance(of_cotangent.input, torch.zeros_like(of_cotangent.weight))
+    if plan.stored is not None:
+        uses = [use] if of_cotangent is None or not of_cotangent.weight.any() else _drawn_uses(kind, plan, use)
+        each = [kind.variance(module, plan.stored, Moment.STORED, drawn, plan.stored_memory) for drawn in uses]
+        of_stored = Variance(each[0].input, torch.stack([variance.weight for variance in each]).mean())
+    if of_stored is None or of_cotangent is None:
+        return of_stored or of_cotangent  # type: ignore[return-value] - a plan has at least one of the two
+    return Variance(of_stored.input + of_cotangent.input, of_stored.weight + of_cotangent.weight)
+
+
+def _drawn_uses(kind: LayerKind, plan: Plan, use: LayerUse) -> list[LayerUse]:
+    """Return the use with drawn cotangents in the place of G.
+
+    Both draws are independent, so ``Var dW = Var_cotangent(X, G) + E[Var_stored(X, G_hat)]``; the second term is
+    averaged over a few draws of ``G_hat``.
+    """
+    rows_NO = kind.cotangent_rows(use.cotangent.double())
+    operands = Operands(Moment.COTANGENT, None, rows_NO, None, use.examples)
+    draws = [plan.draw(operands).dense() for _ in range(_AVERAGED_DRAWS)]
+    return [dataclasses.replace(use, cotangent=kind.cotangent_like(draw, use.cotangent)) for draw in draws]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cheapgrad.convert.layer_kinds import LayerKind, kind_of
+from cheapgrad.convert.layer_kinds import LayerKind, LayerUse, kind_of
 from cheapgrad.ops.plan import Plan
 
 
@@ -19,12 +19,21 @@ class Switch:
     def __init__(self) -> None:
         self.exact_depth = 0
 
+    def __getstate__(self) -> dict[str, int]:
+        """Copies and pickles are made outside of any context: nobody would ever close theirs."""
+        return {"exact_depth": 0}
+
 
 class Probe:
-    """Records, per use of a layer in one exact pass: input, cotangent, and whether the input needs a gradient."""
+    """Records the uses of a layer in one exact pass, and those of its inputs that need a gradient."""
 
     def __init__(self) -> None:
-        self.uses: list[tuple[Tensor, Tensor, bool]] = []
+        self.uses: list[LayerUse] = []
+        self.inputs: list[Tensor] = []
+
+    def record(self, x: Tensor, cotangent: Tensor, wants_input: bool) -> None:
+        """Take in the tensors of one use."""
+        self.uses.append(LayerUse(x, cotangent.detach().clone(), wants_input))
 
 
 @dataclass
@@ -36,6 +45,7 @@ class Conversion:
         plan: strategies and their running estimates.
         switch: shared on/off switch.
         shape: sizes seen in the last eager training forward, or None.
+        seen: what `shape` was made from.
         probe: set while a prediction is being made.
     """
 
@@ -43,7 +53,14 @@ class Conversion:
     plan: Plan
     switch: Switch
     shape: Any = None
+    seen: tuple[Any, ...] = ()
     probe: Probe | None = field(default=None, compare=False)
+
+    def note_shape(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        """Remember the sizes of a forward, if they are new."""
+        seen = (x.shape, output.shape, output.dtype)
+        if seen != self.seen:
+            self.seen, self.shape = seen, self.kind.shape(module, x, output)
 
     @property
     def kind(self) -> LayerKind:
@@ -75,7 +92,7 @@ class SketchedLayer(nn.Module):
             return conversion.original_class.forward(self, *args, **kwargs)
         output = conversion.kind.run(self, conversion.plan, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            conversion.shape = conversion.kind.shape(self, x, output)
+            conversion.note_shape(self, x, output)
         return output
 
     def extra_repr(self) -> str:
@@ -105,13 +122,19 @@ def _may_be_replayed(module: SketchedLayer) -> bool:
 
 
 def _run_probed(module: SketchedLayer, conversion: Conversion, *args: Any, **kwargs: Any) -> Tensor:
-    probe = conversion.probe
-    output = conversion.original_class.forward(module, *args, **kwargs)
-    x = args[0]
-    if output.requires_grad and probe is not None:
-        conversion.shape = conversion.kind.shape(module, x, output)
-        held, wants_input = x.detach().clone(), x.requires_grad
-        output.register_hook(lambda grad: probe.uses.append((held, grad.detach().clone(), wants_input)))
+    probe, x = conversion.probe, args[0]
+    if probe is None:
+        raise RuntimeError("only a layer that is being probed runs this")
+    wants_input = x.requires_grad
+    if wants_input:
+        # Its own node, so that what reaches it is the gradient of this use alone.
+        x = x.view_as(x)
+        probe.inputs.append(x)
+    output = conversion.original_class.forward(module, x, *args[1:], **kwargs)
+    if output.requires_grad:
+        conversion.note_shape(module, x, output)
+        held = x.detach().clone()
+        output.register_hook(lambda grad: probe.record(held, grad, wants_input))
     return output
 
 

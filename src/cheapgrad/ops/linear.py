@@ -98,6 +98,8 @@ def _products(
         return grad_input, None
     # Rows that one of the factors left out may hold a NaN in the other.
     if isinstance(drawn, DrawnRows) and not stored.sketches_rows:
+        if drawn.sketched_KO.shape[0] == 0:
+            return grad_input, drawn.weight_gradient(stored).add_(sum(poison(tensor) for tensor in kept))
         stored = PoisonedRows(stored, kept)
     grad_weight = drawn.weight_gradient(stored) if drawn is not None else stored.contract(grad_NO)
     return grad_input, grad_weight.add_(poison(grad_NO)) if stored.sketches_rows else grad_weight

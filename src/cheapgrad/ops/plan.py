@@ -65,6 +65,8 @@ def poison(matrix: Tensor) -> Tensor:
 
     By a sum, the cheapest pass there is; entries so large that their sum overflows count as not finite.
     """
+    if not matrix.is_floating_point():
+        return torch.zeros((), device=matrix.device)
     return matrix.sum(dtype=torch.promote_types(matrix.dtype, torch.float32)) * 0
 
 
@@ -83,6 +85,5 @@ class PoisonedRows(AbstractStoredMatrix):
         """Return the given rows, the first one plus the poison."""
         rows_KI = self._stored.rows(index_K)
         for tensor in self._kept:
-            if tensor.is_floating_point():
-                rows_KI[:1].add_(poison(tensor))
+            rows_KI[:1].add_(poison(tensor))
         return rows_KI

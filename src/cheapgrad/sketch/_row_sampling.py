@@ -62,7 +62,7 @@ class AbstractRowSampling(AbstractSampling):
         """Keep the drawn rows of X, weighted, and their indices."""
         matrix_NI = operands.stored_dense()
         if memory is not None:
-            predicted_N = memory.predict(matrix_NI.shape[0], operands.examples)
+            predicted_N = memory.predict(matrix_NI.shape[0], operands.examples, matrix_NI.device)
             operands = dataclasses.replace(operands, predicted_norm_N=predicted_N)
         selection = self.select(operands, matrix_NI.shape[0])
         return selection.apply(matrix_NI, 0), selection.index_K

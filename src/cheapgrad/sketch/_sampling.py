@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from cheapgrad.errors import PlacementError, check_fraction
 from cheapgrad.sketch._strategy import AbstractStrategy
 from cheapgrad.sketch.designs import AbstractDesign, Systematic
 from cheapgrad.sketch.designs._abstract import SquaredNormOfSum
+from cheapgrad.sketch.law import LayerTensors, Variance
 from cheapgrad.sketch.moment import Moment
 from cheapgrad.sketch.operands import Operands, norm_along
 from cheapgrad.sketch.running_norms import RunningRowNorms
@@ -57,6 +59,11 @@ class AbstractSampling(AbstractStrategy):
     def check_placement(self, moment: Moment) -> None:
         """Also refuse scores that look at a cotangent that does not exist yet."""
         super().check_placement(moment)
+        if moment is Moment.COTANGENT and isinstance(self.scores, PredictedNorm):
+            raise PlacementError(
+                f"{self.scores!r} has no meaning in cotangent=: it predicts what backward time can see; "
+                "use CotangentNorm(), ProductNorm() or JointNorm(), or put the strategy in stored="
+            )
         if moment is Moment.STORED and self.scores is not None and self.scores.sees_cotangent:
             raise PlacementError(
                 f"{self.scores!r} has no meaning in stored=: the cotangent does not exist at forward time; "
@@ -71,6 +78,13 @@ class AbstractSampling(AbstractStrategy):
         """Return the scores of the atoms, floored where their zeros are not zeros of the gradient."""
         default: AbstractScore = CotangentNorm() if operands.moment is Moment.COTANGENT else StoredNorm()
         return covered_scores(self.scores or default, operands, self.axis)
+
+    def variance_with_memory(self, tensors: LayerTensors, moment: Moment, memory: Any) -> Variance:
+        """Return the law's variance for the norms that the memory predicts."""
+        if memory is not None:
+            predicted_N = memory.predict(tensors.stored_QNI.shape[-2], tensors.examples, tensors.stored_QNI.device)
+            tensors = dataclasses.replace(tensors, predicted_norm_N=predicted_N)
+        return super().variance_with_memory(tensors, moment, memory)
 
     def observe(self, cotangent_NO: Tensor, examples: int, memory: Any) -> None:
         """Remember the cotangent's row norms where the scores predict them."""

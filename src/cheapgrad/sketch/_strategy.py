@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cheapgrad.errors import PlacementError, ShapeError
-from cheapgrad.sketch.law import Law, LayerTensors
+from cheapgrad.sketch.law import Law, LayerTensors, Variance
 from cheapgrad.sketch.moment import Moment
 from cheapgrad.sketch.operands import AbstractStoredMatrix, DenseMatrix, Operands
 from cheapgrad.sketch.value import Value
@@ -72,6 +72,10 @@ class AbstractStrategy(Value, abc.ABC):
     def store(self, operands: Operands, memory: Any = None) -> tuple[Tensor, ...]:
         """Return what is kept of X, as plain tensors (forward time)."""
         raise PlacementError(f"{self!r} cannot be stored: {self.misplacement_reason}")
+
+    def variance_with_memory(self, tensors: LayerTensors, moment: Moment, memory: Any) -> Variance:
+        """Return the law's variance, given what a layer remembers (running estimates, a held basis)."""
+        return self.law._variance(tensors, moment)
 
     def observe(self, cotangent_NO: Tensor, examples: int, memory: Any) -> None:
         """Let running estimates take in a cotangent (backward time)."""

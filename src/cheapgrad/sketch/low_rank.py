@@ -129,6 +129,10 @@ class LowRank(AbstractStrategy):
     def _variance(self, tensors: LayerTensors, moment: Moment) -> Variance:
         return self.variance_given_basis(tensors, moment, None)
 
+    def variance_with_memory(self, tensors: LayerTensors, moment: Moment, memory: RangeBasis | None) -> Variance:
+        """Return the law for the basis that the memory holds."""
+        return self.variance_given_basis(tensors, moment, memory.held_DR if memory is not None else None)
+
     def variance_given_basis(self, tensors: LayerTensors, moment: Moment, basis_DR: Tensor | None) -> Variance:
         """Return the law for a held basis ``[D, R // 2]``; None finds a fresh one (without refresh there is none)."""
         stored_QNI, cotangent_QNO = stacked(tensors)

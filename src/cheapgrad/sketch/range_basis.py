@@ -46,6 +46,11 @@ class RangeBasis:
         self._uses = 0
         self._basis_DR: Tensor | None = None
 
+    @property
+    def held_DR(self) -> Tensor | None:
+        """The basis as it is held, or None before the first use."""
+        return self._basis_DR
+
     def basis_for(self, matrix_ND: Tensor, count: int) -> Tensor:
         """Return the held basis, renewed from `matrix_ND` when it is due."""
         if torch.compiler.is_compiling() or is_transformed(matrix_ND):

@@ -21,12 +21,12 @@ class RunningRowNorms:
         self._momentum = momentum
         self._mean_T: Tensor | None = None
 
-    def predict(self, rows: int, examples: int) -> Tensor | None:
+    def predict(self, rows: int, examples: int, device: torch.device) -> Tensor | None:
         """Return predicted norms ``[N]``, or None before the first update of this sequence length."""
         tokens = rows // max(examples, 1)
         if self._mean_T is None or self._mean_T.shape[0] != tokens:
             return None
-        return self._mean_T.repeat(examples)
+        return self._mean_T.to(device).repeat(examples)
 
     def update(self, norm_N: Tensor, examples: int) -> None:
         """Take in the row norms of one cotangent."""

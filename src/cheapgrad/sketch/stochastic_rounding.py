@@ -125,8 +125,15 @@ class EncodedMatrix(AbstractStoredMatrix):
     def _decode(self, packed: Tensor, scales: Tensor) -> Tensor:
         """Return the values of whole groups, shape ``[groups, group]``."""
         codes = unpack_bits(packed.flatten(), self._codec.bits, scales.shape[0] * self._codec.group)
-        grouped = codes.view(-1, self._codec.group).to(self._dtype)
-        return torch.addcmul(scales[:, :1].to(self._dtype), grouped, scales[:, 1:].to(self._dtype))
+        # In single precision at least: as float16 a bfloat16 scale may overflow or vanish.
+        wide = torch.promote_types(self._dtype, torch.float32)
+        grouped = codes.view(-1, self._codec.group).to(wide)
+        values = torch.addcmul(scales[:, :1].to(wide), grouped, scales[:, 1:].to(wide))
+        if self._dtype is not torch.float16:
+            return values.to(self._dtype)
+        # Scales are rounded outwards: what lies beyond the largest float16 stands for it.
+        largest = torch.finfo(torch.float16).max
+        return torch.where(values.isfinite(), values.clamp(-largest, largest), values).to(self._dtype)
 
     def dense(self) -> Tensor:
         """Return the decoded matrix."""

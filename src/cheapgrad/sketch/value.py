@@ -7,16 +7,9 @@ from typing import Any
 
 from cheapgrad.errors import UnknownNameError, nearest_match
 
-_REGISTRY: dict[str, type[Value]] = {}
-
 
 class Value:
     """Base of strategies, scores, designs and projection kinds, all of them frozen dataclasses."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if not cls.__name__.startswith("Abstract"):
-            _REGISTRY[cls.__name__] = cls
 
     def __repr__(self) -> str:
         """Name the class and the fields that differ from their defaults."""
@@ -45,18 +38,35 @@ def from_dict(data: dict[str, Any]) -> Any:
     """Return the strategy, score, design or kind that `Value.to_dict` described.
 
     Raises:
-        UnknownNameError: if its type is not known.
+        UnknownNameError: if its type, or one of its fields, is not known.
 
     >>> from cheapgrad.sketch import RowSample
     >>> from_dict(RowSample(keep=0.5).to_dict()) == RowSample(keep=0.5)
     True
     """
+    known = _final_classes(Value)
     name = data.get("type", "")
-    if name not in _REGISTRY:
-        raise UnknownNameError(
-            f"unknown type {name!r}{nearest_match(str(name), _REGISTRY)} (known: {', '.join(sorted(_REGISTRY))})"
-        )
+    if name not in known:
+        names = ", ".join(sorted(known))
+        raise UnknownNameError(f"unknown type {name!r}{nearest_match(str(name), known)} (known: {names})")
+    allowed = [field.name for field in dataclasses.fields(known[name])]  # type: ignore[arg-type] - all are dataclasses
+    for key in data:
+        if key != "type" and key not in allowed:
+            raise UnknownNameError(
+                f"{name} has no field {key!r}{nearest_match(key, allowed)} (fields: {', '.join(allowed)})"
+            )
     arguments = {
         key: from_dict(value) if isinstance(value, dict) else value for key, value in data.items() if key != "type"
     }
-    return _REGISTRY[name](**arguments)
+    return known[name](**arguments)
+
+
+def _final_classes(base: type) -> dict[str, type]:
+    """Return the classes that can be built, by name; a shipped one keeps its name whatever a user defines."""
+    classes: dict[str, type] = {}
+    for cls in base.__subclasses__():
+        found = _final_classes(cls) | ({} if cls.__name__.startswith("Abstract") else {cls.__name__: cls})
+        for name, value in found.items():
+            if name not in classes or value.__module__.startswith("cheapgrad."):
+                classes[name] = value
+    return classes

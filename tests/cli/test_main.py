@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -16,7 +17,7 @@ from cheapgrad.demo import DigitsMLP
 from cheapgrad.demo.setups import Setup
 from tests.reporting.records import make_method, make_record, make_rows
 
-TINY = Setup("tiny", "64 - 16 - 16 - 10", lambda: DigitsMLP(16), 32, 4, 1e-2, 24)
+TINY = Setup("tiny", "64 - 16 - 16 - 10", partial(DigitsMLP, 16), 32, 4, 1e-2, 24)
 ROWS = "RowSample(keep=0.5)@cotangent"
 
 
@@ -27,7 +28,9 @@ def tiny(monkeypatch):
     fields = {field.name: field for field in dataclasses.fields(module.DemoSettings)}
     assert fields["setups"].default is module.SETUPS
     original = module.DemoSettings
-    monkeypatch.setattr("cheapgrad.demo.DemoSettings", lambda **options: original(**options, setups=(TINY,)))
+    monkeypatch.setattr(
+        "cheapgrad.demo.DemoSettings", lambda **options: original(**options, setups=(TINY,), wide=TINY, workers=1)
+    )
 
 
 def failed(capsys, *arguments):
@@ -113,7 +116,7 @@ def test_unwritable_directory(capsys, tmp_path):
         (("demo", "--seeds", "0"), "seeds must be a whole number of at least 1, but got 0"),
         (("demo", "--strategy", "RowSampel(keep=0.5)@stored"), "did you mean 'RowSample'"),
         (("demo", "--strategy", "RowSample(keep=2)@stored"), "keep must be in (0, 1], but got 2"),
-        (("demo", "--strategy", "LowRank(rank=65)@cotangent"), "does not fit DigitsViT: rank=65"),
+        (("demo", "--strategy", "LowRank(rank=65)@cotangent"), "LowRank(rank=65)@cotangent does not fit DigitsViT: "),
     ],
 )
 def test_bad_arguments(capsys, tmp_path, monkeypatch, arguments, message):

@@ -6,6 +6,7 @@ import itertools
 import os
 import stat
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from cheapgrad.demo.training import measure_accuracy, train
 from cheapgrad.errors import BudgetError, MissingExtraError, OutputError
 from cheapgrad.sketch import LowRank, RowSample
 
-TINY = Setup("tiny", "64 - 16 - 16 - 10", lambda: DigitsMLP(16), 32, 4, 1e-2, 24)
+TINY = Setup("tiny", "64 - 16 - 16 - 10", partial(DigitsMLP, 16), 32, 4, 1e-2, 24)
 ROWS = Method("rows", "rows", cotangent=RowSample(keep=0.5))
 
 
@@ -83,7 +84,7 @@ def test_strategy_that_does_not_fit_is_named_with_the_network():
 
 def test_training_is_reproducible_and_sketches_change_it(data):
     def weights(method, seed=0):
-        return train(TINY, method, data, seed, lambda: None).layers[0].weight.detach()
+        return train(TINY, method, data, seed).layers[0].weight.detach()
 
     assert torch.equal(weights(EXACT), weights(EXACT))
     assert torch.equal(weights(ROWS), weights(ROWS))
@@ -91,18 +92,18 @@ def test_training_is_reproducible_and_sketches_change_it(data):
     assert not torch.equal(weights(EXACT), weights(EXACT, seed=1))
 
 
-def test_training_counts_its_steps(data):
-    steps = []
-    train(TINY, EXACT, data, 0, lambda: steps.append(1))
-    assert len(steps) == 4
-    steps.clear()
-    train(TINY, EXACT, data, 0, lambda: steps.append(1), steps=3)
-    assert len(steps) == 3
+def test_training_can_stop_half_way(data):
+    torch.manual_seed(0)
+    started = TINY.build_seeded(0).layers[0].weight
+    weights = [train(TINY, EXACT, data, 0, steps=steps).layers[0].weight for steps in (0, 3, 4)]
+    assert torch.equal(weights[0], started)
+    assert not torch.equal(weights[1], weights[2])
+    assert torch.equal(weights[2], train(TINY, EXACT, data, 0).layers[0].weight)
 
 
 def test_exact_training_learns(data):
-    setup = Setup("small", "", lambda: DigitsMLP(64), 128, 60, 5e-3, 24)
-    assert measure_accuracy(train(setup, EXACT, data, 0, lambda: None), data) > 0.9
+    setup = Setup("small", "", partial(DigitsMLP, 64), 128, 60, 5e-3, 24)
+    assert measure_accuracy(train(setup, EXACT, data, 0), data) > 0.9
 
 
 def test_every_method_is_timed_in_every_round(data):
@@ -131,32 +132,31 @@ def test_equal_step_time_where_a_larger_batch_was_measured_faster():
 
 @pytest.fixture(scope="module")
 def meter(data):
-    model = train(TINY, EXACT, data, 0, lambda: None)
+    model = train(TINY, EXACT, data, 0)
     return NoiseMeter(TINY, model, data.train_pictures[:24], data.train_classes[:24])
 
 
 def test_exact_method_has_no_noise(meter):
-    noise = meter.measure(EXACT, 8, lambda: None)
+    noise = meter.measure(EXACT, 8)
     assert (noise.predicted, noise.fraction, noise.moments.max_abs_z) == (0, 0, 0)
 
 
 def test_half_a_batch_doubles_the_variance_of_the_batch(meter):
-    noise = meter.measure(Method("half", "batch", batch_size=16), 2000, lambda: None)
+    noise = meter.measure(Method("half", "batch", batch_size=16), 2000)
     assert noise.fraction == pytest.approx(1, abs=0.08)
     assert noise.moments.relative_variance == pytest.approx(noise.predicted, rel=0.08)
     assert noise.moments.unbiased
 
 
 def test_larger_batch_has_less_noise_than_the_usual_one(meter):
-    noise = meter.measure(Method("more", "batch", batch_size=40), 8, lambda: None)
+    noise = meter.measure(Method("more", "batch", batch_size=40), 8)
     assert noise.fraction == pytest.approx(32 / 40 - 1)
     assert noise.moments is None
 
 
 def test_strategy_is_unbiased_and_its_last_layer_obeys_its_law(meter):
-    draws = []
-    noise = meter.measure(ROWS, 400, lambda: draws.append(1))
-    assert len(draws) == 400
+    noise = meter.measure(ROWS, 400)
+    assert noise.moments.draws == 400
     assert noise.moments.unbiased
     # Noise that travels down through dX comes on top of the layers' own.
     assert noise.predicted * 0.9 < noise.moments.relative_variance < noise.predicted * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from rich.console import Console
 
 from cheapgrad.demo import DemoSettings, DigitsMLP, Method, run_demo
 from cheapgrad.demo.setups import Setup
+from cheapgrad.demo.workers import open_workers
 from cheapgrad.errors import BudgetError, MissingExtraError
 from cheapgrad.reporting import DemoRecord
 from cheapgrad.sketch import LowRank, RowSample, StochasticRounding
 
-TINY = Setup("tiny", "64 - 16 - 16 - 10", lambda: DigitsMLP(16), 32, 4, 1e-2, 24)
+TINY = Setup("tiny", "64 - 16 - 16 - 10", partial(DigitsMLP, 16), 32, 4, 1e-2, 24)
 METHODS = (
     Method("rows .5", "rows", cotangent=RowSample(keep=0.5)),
     Method("rows .25", "rows", cotangent=RowSample(keep=0.25), budget=1),
@@ -26,7 +28,9 @@ METHODS = (
 
 
 def settings(**changes):
-    return DemoSettings(**{"seeds": 2, "draws": 16, "rounds": 1, "strategies": METHODS, "setups": (TINY,), **changes})
+    return DemoSettings(
+        **{"seeds": 2, "draws": 16, "rounds": 1, "strategies": METHODS, "setups": (TINY,), "workers": 1, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,8 @@ def test_files_are_left_and_nothing_else(finished):
 
 def test_exact_comes_first_then_batches_then_strategies(finished):
     (model,) = finished[1].models
-    assert [method.kind for method in model.methods][:2] == ["exact", "batch"]
+    assert model.methods[0].kind == "exact"
+    assert [method.kind for method in model.methods][-3:] == ["strategy"] * 3
     assert [method.label for method in model.methods if method.kind == "strategy"] == ["rows .5", "rows .25", "4 bits"]
     exact = model.exact
     assert (exact.step_time_fraction, exact.held_bytes_fraction, exact.noise_fraction) == (1, 1, 0)
@@ -54,10 +59,18 @@ def test_exact_comes_first_then_batches_then_strategies(finished):
 
 
 def test_equal_batches_name_the_strategy_they_equal(finished):
-    batches = [method for method in finished[1].models[0].methods if method.kind == "batch"]
-    assert 1 <= len(batches) <= 2
-    for batch in batches:
-        assert any(method.label in batch.remark for method in METHODS)
+    others = [method for method in finished[1].models[0].methods if method.kind != "strategy"]
+    remarks = [method.remark for method in others if method.remark]
+    # One for each budget, unless both came out at the same batch size.
+    assert 1 <= len(remarks) <= 2
+    assert all(any(method.label in remark for method in METHODS) for remark in remarks)
+    assert all(method.remark for method in others[1:])
+
+
+def test_wider_network_is_timed(finished):
+    wide = finished[1].wide
+    assert [step.label for step in wide] == ["exact", "rows .5", "rows .25", "4 bits"]
+    assert wide[0].step_time_fraction == 1
 
 
 def test_every_method_was_measured(finished):
@@ -87,6 +100,21 @@ def test_environment_and_seeds_are_recorded(finished):
     assert written["provenance"]["predicted_relative_variance"].startswith("modelled")
 
 
+@pytest.mark.slow
+def test_two_workers_find_what_one_finds(finished, tmp_path):
+    record = run_demo(tmp_path, settings(workers=2), Console(file=io.StringIO()))
+    (alone,), (shared,) = finished[1].models, record.models
+    for one, other in zip(alone.methods, shared.methods, strict=True):
+        if one.kind != "batch":
+            assert one.accuracies == other.accuracies
+            assert one.measured_relative_variance == other.measured_relative_variance
+
+
+def test_error_in_a_worker_reaches_the_caller(tmp_path):
+    with open_workers(2) as workers, pytest.raises(BudgetError, match="seeds"):
+        workers.run([partial(DemoSettings, seeds=0)], lambda: None)
+
+
 def test_global_state_is_left_alone(tmp_path):
     threads = torch.get_num_threads()
     torch.manual_seed(5)
@@ -98,9 +126,9 @@ def test_global_state_is_left_alone(tmp_path):
 
 
 def test_misfit_is_found_before_anything_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr("cheapgrad.demo.run.train", lambda *arguments, **options: pytest.fail("trained"))
+    monkeypatch.setattr("cheapgrad.demo.run.train_half_way", lambda setup: pytest.fail("trained"))
     misfit = (*METHODS, Method("rank", "rank", cotangent=LowRank(rank=11)))
-    with pytest.raises(BudgetError, match="rank does not fit tiny: rank=11"):
+    with pytest.raises(BudgetError, match=r"rank does not fit tiny: .*rank=11"):
         run_demo(tmp_path, settings(strategies=misfit), Console(file=io.StringIO()))
     assert list(tmp_path.iterdir()) == []
 
@@ -113,7 +141,12 @@ def test_missing_matplotlib_is_found_before_anything_is_trained(tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"seeds": 0}, "seeds .* got 0"), ({"draws": 7}, "draws .* got 7"), ({"rounds": 0}, "rounds .* got 0")],
+    [
+        ({"seeds": 0}, "seeds .* got 0"),
+        ({"draws": 7}, "draws .* got 7"),
+        ({"rounds": 0}, "rounds .* got 0"),
+        ({"workers": 0}, "workers .* got 0"),
+    ],
 )
 def test_settings_out_of_range(changes, message):
     with pytest.raises(BudgetError, match=message):

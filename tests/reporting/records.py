@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cheapgrad.reporting import DemoRecord, MethodRecord, ModelRecord
+from cheapgrad.reporting import DemoRecord, MethodRecord, ModelRecord, StepRecord
 
 
 def make_method(label: str = "exact", **changes) -> MethodRecord:
@@ -67,4 +67,9 @@ def make_bits(**changes) -> MethodRecord:
 def make_record(*methods: MethodRecord, seeds=(0, 1, 2)) -> DemoRecord:
     methods = methods or (make_method(), make_rows(), make_bits())
     model = ModelRecord("DigitsViT", "two blocks", 102_090, 110, 128, 64, methods)
-    return DemoRecord("digits", seeds, 100.0, {"python": "3.11", "threads": 2}, (model,))
+    wide = (
+        StepRecord("wide network", "exact", "exact", 0.2, 1.0),
+        StepRecord("wide network", "cotangent rows 0.5", "strategy", 0.15, 0.75),
+        StepRecord("wide network", "stored 4 bits", "strategy", 0.22, 1.1),
+    )
+    return DemoRecord("digits", seeds, 100.0, {"python": "3.11", "workers": 2}, (model,), wide)

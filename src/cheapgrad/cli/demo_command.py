@@ -22,7 +22,7 @@ compare this strategy instead of the usual ones, e.g. 'RowSample(keep=0.25)@cota
 'StochasticRounding(bits=4)@stored + RowSample(keep=0.5)@cotangent'; may be given several times"""
 
 # A table with fewer columns of text than this would break its numbers.
-_LEAST_WIDTH = 112
+_LEAST_WIDTH = 118
 # The draws of a quick run see large biases only.
 _QUICK_DRAWS, _QUICK_ROUNDS = 32, 5
 
@@ -80,6 +80,9 @@ def _print(record: DemoRecord, options: argparse.Namespace, console: Console) ->
     directory = options.out.resolve()
     console.print(f"{directory / 'demo.json'}: every number, with its source", highlight=False, soft_wrap=True)
     console.print(f"{directory / 'demo.png'}: accuracy against time and memory", highlight=False, soft_wrap=True)
-    console.print(f"({record.seconds:.0f} s on {record.environment['threads']} threads)\n", highlight=False)
+    processes = record.environment["workers"]
+    console.print(
+        f"{record.seconds:.0f} s, {processes} process{'es' * (processes > 1)} of one thread\n", highlight=False
+    )
     for sentence in write_verdict(record):
         console.print(f"- {sentence}", highlight=False, markup=False)

@@ -72,11 +72,11 @@ class DigitsViT(nn.Module):
 
     patch_side = 2
 
-    def __init__(self, width: int = 64, depth: int = 2, heads: int = 4) -> None:
+    def __init__(self, width: int = 128, depth: int = 2, heads: int = 4) -> None:
         super().__init__()
         tokens = (IMAGE_SIDE // self.patch_side) ** 2
         self.embedding = nn.Linear(self.patch_side**2, width)
-        self.position = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.position = nn.Parameter(0.5 * torch.randn(tokens, width))
         self.blocks = nn.Sequential(*[_Block(width, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, CLASSES)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,18 +19,19 @@ from cheapgrad.demo.data import Digits, load_data
 from cheapgrad.demo.environment import describe_environment
 from cheapgrad.demo.files import prepare_directory, write_whole
 from cheapgrad.demo.methods import EXACT, Method, check_methods, make_default_methods
-from cheapgrad.demo.noise import Noise, NoiseMeter
-from cheapgrad.demo.setups import SETUPS, Setup, make_quick
+from cheapgrad.demo.noise import Noise
+from cheapgrad.demo.setups import SETUPS, WIDE, Setup, make_quick
+from cheapgrad.demo.tasks import measure_noise, train_and_test, train_half_way
 from cheapgrad.demo.timing import WARM_UP_ROUNDS, find_batch_size, make_batch_ladder, time_steps
-from cheapgrad.demo.training import compute_loss, measure_accuracy, train
+from cheapgrad.demo.training import compute_loss
+from cheapgrad.demo.workers import Workers, open_workers
 from cheapgrad.errors import MissingExtraError, check_count
-from cheapgrad.reporting import DemoRecord, MethodRecord, ModelRecord, draw_scatter
+from cheapgrad.reporting import DemoRecord, MethodRecord, ModelRecord, StepRecord, draw_scatter
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# More threads than this only wait for each other on layers this small, and results would compare less well.
-_MOST_THREADS = 2
+_MOST_WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,24 @@ class DemoSettings:
         quick: a few training steps only, to see that everything works; accuracies mean nothing then.
         strategies: what to compare with the exact method, if not the usual ones.
         setups: the networks.
+        wide: a network of which only a step is timed.
+        workers: processes that train and draw, at least 1; times are measured while they rest.
     """
 
     seeds: int = 3
     draws: int = 256
-    rounds: int = 30
+    rounds: int = 20
     quick: bool = False
     strategies: tuple[Method, ...] = ()
     setups: tuple[Setup, ...] = SETUPS
+    wide: Setup = WIDE
+    workers: int = min(_MOST_WORKERS, os.cpu_count() or 1)
 
     def __post_init__(self) -> None:
         check_count("seeds", self.seeds)
         check_count("draws", self.draws, minimum=8)
         check_count("rounds", self.rounds)
+        check_count("workers", self.workers)
 
 
 def run_demo(directory: Path, settings: DemoSettings, console: Console) -> DemoRecord:
@@ -79,18 +87,20 @@ def run_demo(directory: Path, settings: DemoSettings, console: Console) -> DemoR
     data = load_data()
     setups = tuple(make_quick(setup) if settings.quick else setup for setup in settings.setups)
     strategies = settings.strategies or make_default_methods()
-    with _few_threads(), torch.random.fork_rng(devices=[]):
-        for setup in setups:
+    with _one_thread(), torch.random.fork_rng(devices=[]):
+        for setup in (*setups, settings.wide):
             check_methods(strategies, setup.build_seeded(0), setup.name)
-        with _progress(console) as add_bar:
-            models = tuple(_ModelRun(setup, strategies, data, settings, add_bar).run() for setup in setups)
-        environment = describe_environment()
+        with open_workers(settings.workers) as workers, _progress(console) as add_bar:
+            models = tuple(_ModelRun(setup, strategies, data, settings, workers, add_bar).run() for setup in setups)
+            wide = _time_wide(settings, strategies, data, add_bar)
+        environment = {**describe_environment(), "workers": settings.workers}
     record = DemoRecord(
         data=data.description,
         seeds=tuple(range(settings.seeds)),
         seconds=time.perf_counter() - start,
         environment=environment,
         models=models,
+        wide=wide,
     )
     text = json.dumps(record.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     picture = draw_scatter(record)
@@ -106,15 +116,20 @@ class _ModelRun:
     """Everything that is done with one network."""
 
     def __init__(
-        self, setup: Setup, strategies: Sequence[Method], data: Digits, settings: DemoSettings, add_bar: AddBar
+        self,
+        setup: Setup,
+        strategies: Sequence[Method],
+        data: Digits,
+        settings: DemoSettings,
+        workers: Workers,
+        add_bar: AddBar,
     ) -> None:
         self.setup, self.strategies, self.data, self.settings = setup, tuple(strategies), data, settings
-        self.add_bar = add_bar
+        self.workers, self.add_bar = workers, add_bar
 
     def run(self) -> ModelRecord:
-        batches = self._match_batches()
-        methods = (EXACT, *batches, *self.strategies)
-        seconds = self._time(methods, "step times")
+        methods = (*self._match_batches(), *self.strategies)
+        seconds = self._time(methods, "step times", self.settings.rounds)
         noises = self._measure_noise(methods)
         held = [self._measure_bytes(method) for method in methods]
         accuracies = self._train(methods)
@@ -137,45 +152,37 @@ class _ModelRun:
             methods=tuple(records),
         )
 
-    def _time(self, methods: Sequence[Method], what: str) -> list[float]:
-        rounds = self.settings.rounds
+    def _time(self, methods: Sequence[Method], what: str, rounds: int) -> list[float]:
         advance = self.add_bar(f"{self.setup.name}: {what}", rounds + WARM_UP_ROUNDS)
         return time_steps(self.setup, methods, self.data, rounds, advance)
 
-    def _match_batches(self) -> list[Method]:
-        """Return exact methods on batches whose step takes as long as that of the fastest strategy at each budget."""
+    def _match_batches(self) -> tuple[Method, ...]:
+        """Return the exact method, on its usual batch and on those whose step takes as long as the fastest strategies'.
+
+        There is one for each budget, and none where that is the usual batch.
+        """
         ladder = make_batch_ladder(self.setup)
-        times = self._time((EXACT, *ladder, *self.strategies), "equal batches")
+        # Only the size of a batch depends on these times, so a third of the rounds will do.
+        times = self._time((EXACT, *ladder, *self.strategies), "equal batches", 1 + self.settings.rounds // 3)
         sizes = [self.setup.batch_size, *(method.batch_size or 0 for method in ladder)]
         measured = list(zip(sizes, times[: len(sizes)], strict=True))
         strategy_times = list(zip(times[len(sizes) :], self.strategies, strict=True))
-        found: dict[int, Method] = {}
+        found = {self.setup.batch_size: EXACT}
         for budget in sorted({method.budget for method in self.strategies}):
             took, fastest = min(
                 ((took, method) for took, method in strategy_times if method.budget == budget), key=lambda pair: pair[0]
             )
             size = find_batch_size(took, measured)
-            found.setdefault(
-                size,
-                replace(
-                    EXACT,
-                    label=f"batch of {size}",
-                    family="batch",
-                    budget=budget,
-                    batch_size=size,
-                    remark=f"its step takes as long as that of {fastest.label}",
-                ),
-            )
-        return list(found.values())
+            method = Method(f"batch of {size}", family="batch", batch_size=size)
+            remark = f"its step takes as long as that of {fastest.label}"
+            found[size] = replace(found.get(size, method), remark=remark)
+        return tuple(found.values())
 
     def _measure_noise(self, methods: Sequence[Method]) -> list[Noise]:
-        """Measure variances and biases after one exact pass over the data."""
-        draws, size = self.settings.draws, self.setup.audit_batch_size
-        advance = self.add_bar(f"{self.setup.name}: variance and bias", draws * len(methods))
-        one_pass = len(self.data.train_classes) // self.setup.batch_size
-        model = train(self.setup, EXACT, self.data, seed=0, on_step=lambda: None, steps=one_pass)
-        meter = NoiseMeter(self.setup, model, self.data.train_pictures[:size], self.data.train_classes[:size])
-        return [meter.measure(method, draws, advance) for method in methods]
+        weights = train_half_way(self.setup)
+        advance = self.add_bar(f"{self.setup.name}: variance and bias", len(methods))
+        tasks = [partial(measure_noise, self.setup, method, weights, self.settings.draws) for method in methods]
+        return self.workers.run(tasks, advance)
 
     def _measure_bytes(self, method: Method) -> int:
         model = self.setup.build_seeded(0).train()
@@ -188,11 +195,9 @@ class _ModelRun:
 
     def _train(self, methods: Sequence[Method]) -> list[tuple[float, ...]]:
         seeds = range(self.settings.seeds)
-        advance = self.add_bar(f"{self.setup.name}: training", len(methods) * len(seeds) * self.setup.steps)
-        return [
-            tuple(measure_accuracy(train(self.setup, method, self.data, seed, advance), self.data) for seed in seeds)
-            for method in methods
-        ]
+        tasks = [partial(train_and_test, self.setup, method, seed) for method in methods for seed in seeds]
+        accuracies = self.workers.run(tasks, self.add_bar(f"{self.setup.name}: training", len(tasks)))
+        return [tuple(accuracies[start : start + len(seeds)]) for start in range(0, len(tasks), len(seeds))]
 
 
 @dataclass(frozen=True)
@@ -229,6 +234,19 @@ def _make_record(method: Method, figures: _Figures, noise: Noise, batch_size: in
     )
 
 
+def _time_wide(
+    settings: DemoSettings, strategies: Sequence[Method], data: Digits, add_bar: AddBar
+) -> tuple[StepRecord, ...]:
+    methods = (EXACT, *strategies)
+    rounds = 1 + settings.rounds // 4
+    advance = add_bar(f"{settings.wide.name}: step times", rounds + WARM_UP_ROUNDS)
+    seconds = time_steps(settings.wide, methods, data, rounds, advance)
+    return tuple(
+        StepRecord(settings.wide.description, method.label, method.kind, took, took / seconds[0])
+        for method, took in zip(methods, seconds, strict=True)
+    )
+
+
 def _check_plotting() -> None:
     try:
         import matplotlib  # noqa: F401 - only whether it is there
@@ -239,9 +257,9 @@ def _check_plotting() -> None:
 
 
 @contextlib.contextmanager
-def _few_threads() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, _MOST_THREADS))
+    torch.set_num_threads(1)
     try:
         yield
     finally:

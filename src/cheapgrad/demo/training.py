@@ -37,9 +37,7 @@ def compute_loss(model: nn.Module, pictures: Tensor, classes: Tensor) -> Tensor:
     return functional.cross_entropy(model(pictures), classes)
 
 
-def train(
-    setup: Setup, method: Method, data: Digits, seed: int, on_step: Callable[[], object], steps: int | None = None
-) -> nn.Module:
+def train(setup: Setup, method: Method, data: Digits, seed: int, steps: int | None = None) -> nn.Module:
     """Train a freshly initialised network and return it.
 
     Args:
@@ -47,7 +45,6 @@ def train(
         method: how its gradient is computed.
         data: the pictures.
         seed: of initialisation, order of the examples and draws; methods with equal batches see equal batches.
-        on_step: called after every step.
         steps: how many steps, if not those of the setup; the schedule stays that of the setup.
     """
     model = setup.build_seeded(seed).train()
@@ -62,7 +59,6 @@ def train(
     for _ in range(setup.steps if steps is None else min(steps, setup.steps)):
         step(*next(batches))
         schedule.step()
-        on_step()
     return model
 
 

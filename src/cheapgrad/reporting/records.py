@@ -129,6 +129,25 @@ class ModelRecord:
 
 
 @dataclass(frozen=True)
+class StepRecord:
+    """Time of a training step of a network that is not trained.
+
+    Attributes:
+        description: the network in words.
+        label: of the method.
+        kind: of the method.
+        step_seconds: median time of a training step.
+        step_time_fraction: the same, divided by that of the exact method.
+    """
+
+    description: str
+    label: str
+    kind: str
+    step_seconds: float
+    step_time_fraction: float
+
+
+@dataclass(frozen=True)
 class DemoRecord:
     """Everything that `cheapgrad demo` found.
 
@@ -138,6 +157,7 @@ class DemoRecord:
         seconds: time the whole demo took.
         environment: versions and hardware.
         models: one record for each model.
+        wide: step times in a wider network, the exact method's first.
     """
 
     data: str
@@ -145,6 +165,7 @@ class DemoRecord:
     seconds: float
     environment: dict[str, Any]
     models: tuple[ModelRecord, ...]
+    wide: tuple[StepRecord, ...]
 
     @property
     def unbiased(self) -> bool:
@@ -165,7 +186,8 @@ class DemoRecord:
             )
             for model in data["models"]
         )
-        return _build(cls, {**data, "models": models})
+        wide = tuple(_build(StepRecord, step) for step in data["wide"])
+        return _build(cls, {**data, "models": models, "wide": wide})
 
 
 def _build(record_type: Any, data: dict[str, Any]) -> Any:

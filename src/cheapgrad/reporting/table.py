@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+_METHOD_WIDTH = 25
 _LEGEND = """\
-[b]step time[/b] and [b]bytes held[/b] (for backward, by the whole network) are fractions of the exact method's.
-[b]variance[/b] is that of the gradient, E‖ĝ − g‖² / ‖g‖², by the laws of the layers and as measured.
+[b]accuracy[/b] is that on the test pictures, after equally many steps.
+[b]step time[/b] is the median on one thread, methods interleaved; [b]bytes held[/b] are those of the whole network.
+[b]variance[/b] is E‖ĝ − g‖² / ‖g‖² of the gradient, half-way through training, by the layers' laws and as measured.
 [b]ω[/b] = added variance ÷ that of the mini-batch. [b]c(1+ω)[/b], c the step time: below 1 it beats a smaller batch.
-[b]bias z[/b] is the largest z-score of the bias over {draws} fixed draws; {bands} is what chance explains."""
+[b]bias z[/b]: the largest z-score of the bias over {draws} fixed draws; {bands} is what chance explains."""
 
 
 def print_tables(record: DemoRecord, console: Console) -> None:
@@ -31,6 +33,13 @@ def print_tables(record: DemoRecord, console: Console) -> None:
             if method.remark:
                 console.print(f"  {method.label}: {method.remark}", style="dim", highlight=False)
         console.print()
+    if record.wide:
+        exact, *others = record.wide
+        steps = ", ".join(f"{step.label} {step.step_time_fraction:.2f}" for step in others)
+        console.print(
+            f"[b]Timed only[/b]: {exact.description}; exact {1000 * exact.step_seconds:.0f} ms", highlight=False
+        )
+        console.print(f"  step time ÷ exact: {steps}\n", highlight=False)
     drawn = [method for model in record.models for method in model.methods if method.kind != "exact" and method.draws]
     if drawn:
         bands = sorted({_format_z(method.band) for method in drawn})
@@ -39,17 +48,18 @@ def print_tables(record: DemoRecord, console: Console) -> None:
 
 
 def _make_table(model: ModelRecord, seeds: int) -> Table:
+    from rich import box
     from rich.table import Table
 
     title = (
         f"{model.name}: {model.description}, {model.parameters:,} parameters, "
         f"{model.training_steps} steps, {seeds} seed{'s' if seeds > 1 else ''}"
     )
-    table = Table(title=title, title_style="bold", title_justify="left", header_style="bold")
-    table.add_column("method", overflow="fold")
+    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("method", overflow="fold", min_width=_METHOD_WIDTH)
     for heading in (
         "batch",
-        "test accuracy %\nmean ± sd",
+        "accuracy %\nmean ± sd",
         "step time\n÷ exact",
         "bytes held\n÷ exact",
         "variance\npredicted",

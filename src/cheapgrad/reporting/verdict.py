@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 
 from cheapgrad.reporting.records import DemoRecord, MethodRecord, ModelRecord
@@ -18,8 +17,7 @@ def write_verdict(record: DemoRecord) -> list[str]:
         record: what the demo found.
 
     Returns:
-        One line each on bias, prediction, time, bytes, the comparison with another batch size, and what not to
-        conclude.
+        One line each on bias, prediction, time, bytes, the comparison with another batch size, and larger networks.
     """
     return [
         _on_bias(record),
@@ -27,8 +25,7 @@ def write_verdict(record: DemoRecord) -> list[str]:
         "Time: " + _for_each_model(record, _on_time),
         "Memory: " + _for_each_model(record, _on_bytes),
         "Against a batch of equal step time: " + _for_each_model(record, _on_batches),
-        "These networks are tiny: drawing costs a fixed time per layer, so the strategies gain more where layers are "
-        "large. Measure your own.",
+        _on_size(record),
     ]
 
 
@@ -57,18 +54,25 @@ def _on_bias(record: DemoRecord) -> str:
 
 
 def _on_prediction(record: DemoRecord) -> str:
-    ratios = [
-        method.measured_relative_variance / method.predicted_relative_variance
-        for model in record.models
-        for method in _strategies(model)
-        if method.predicted_relative_variance and method.measured_relative_variance is not None
-    ]
-    if not ratios:
+    strategies = [method for model in record.models for method in _strategies(model)]
+    sentences = []
+    for moment, methods in (
+        ("what is stored", [method for method in strategies if method.cotangent is None]),
+        ("the cotangent", [method for method in strategies if method.cotangent is not None]),
+    ):
+        ratios = [
+            method.measured_relative_variance / method.predicted_relative_variance
+            for method in methods
+            if method.predicted_relative_variance and method.measured_relative_variance is not None
+        ]
+        if ratios:
+            low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+            times = low if low == high else f"{low} to {high}"
+            sentences.append(f"{times} times the predicted one for sketches of {moment}")
+    if not sentences:
         return "Prediction: no strategy predicted a variance."
-    return (
-        f"Prediction: measured variance is {min(ratios):.2f} to {max(ratios):.2f} times the predicted one (median "
-        f"{statistics.median(ratios):.2f}); above 1 where noise travels down through sketched layers."
-    )
+    explanation = ", whose noise also travels down to the layers below" if "cotangent" in sentences[-1] else ""
+    return f"Prediction: measured variance is {', '.join(sentences)}{explanation}."
 
 
 def _on_time(model: ModelRecord) -> str:
@@ -96,6 +100,16 @@ def _on_batches(model: ModelRecord) -> str:
     best = min(strategies, key=lambda method: method.cost_times_noise)
     word = "beats it" if best.cost_times_noise < 1 else "does not beat it"
     return f"c(1+ω) is {best.cost_times_noise:.2f} at best ({best.label}), so where noise dominates it {word}"
+
+
+def _on_size(record: DemoRecord) -> str:
+    caution = "Size: these networks are tiny, and drawing costs a fixed time per layer"
+    wide = [step for step in record.wide if step.kind == "strategy"]
+    if not wide:
+        return f"{caution}; measure your own."
+    fastest = sorted(wide, key=lambda step: step.step_time_fraction)[:2]
+    figures = " and ".join(f"{step.step_time_fraction:.2f} with {step.label}" for step in fastest)
+    return f"{caution}: a step of a {fastest[0].description}, takes {figures} of the exact time. Measure your own."
 
 
 def _is_as_accurate(method: MethodRecord, model: ModelRecord) -> bool:

@@ -253,7 +253,7 @@ def test_record_is_strict_json():
         ([torch.ones(3)], "draw 1 has 1 tensors, but the exact gradient has 2"),
         ([torch.ones(3), None], r"draw 1: tensor 'bias' is None; return zeros of shape \(2,\)"),
         ([torch.ones(4), torch.ones(2)], r"'weight' has shape \(4,\), but the exact gradient has \(3,\)"),
-        ([torch.ones(3), torch.tensor([math.nan, 1])], "'bias' has 1 entries that are not finite"),
+        ([torch.ones(3), torch.tensor([math.nan, 1])], "'bias' has entries that are not finite"),
     ],
 )
 def test_draws_that_do_not_fit(gradient, message):
@@ -266,7 +266,7 @@ def test_exact_gradient_that_cannot_be_compared():
         measure_gradient_moments(list, [])
     with pytest.raises(GradientDrawError, match="1 names for 2 tensors"):
         measure_gradient_moments(list, [torch.ones(1), torch.ones(1)], names=["weight"])
-    with pytest.raises(GradientDrawError, match="the exact gradient: tensor '0' has 1 entries"):
+    with pytest.raises(GradientDrawError, match="the exact gradient: tensor '0' has entries that are not finite"):
         measure_gradient_moments(list, [torch.tensor(math.inf)])
 
 

@@ -20,8 +20,8 @@ def test_six_sentences():
     assert memory == "Memory: DigitsViT: stored 4 bits holds 0.67 of the exact bytes, 98.0 % right (exact 98.0 %)."
     assert "c(1+ω) is 0.90 at best (cotangent rows 0.5), so where noise dominates it beats it" in batches
     assert caution == (
-        "Size: these networks are tiny, and drawing costs a fixed time per layer: a step of a wide network, takes 0.75 "
-        "with cotangent rows 0.5 and 1.10 with stored 4 bits of the exact time. Measure your own."
+        "Size: these networks are tiny, and drawing costs a fixed time per layer: in a wider one (wide network) a step "
+        "takes, of the exact time, 0.75 with cotangent rows 0.5 and 1.10 with stored 4 bits."
     )
 
 

@@ -164,7 +164,9 @@ class _Audit:
         self.device = exact_gradient[0].device
         # The concatenation is a copy: the caller's tensors may be `.grad` fields that the next draw overwrites.
         self.exact = self._join(exact_gradient, "the exact gradient")
-        self.squared_norms = [float(part.square().sum()) for part in self.split(self.exact)]
+        squared_norms = torch.stack([part.square().sum() for part in self.split(self.exact)])
+        self._check_finite(squared_norms, "the exact gradient")
+        self.squared_norms = squared_norms.tolist()
         self.resolutions = [
             _FORGIVEN_ULPS * torch.finfo(tensor.dtype).eps * float(tensor.abs().max()) if tensor.numel() else 0.0
             for tensor in exact_gradient
@@ -192,19 +194,20 @@ class _Audit:
         if len(drawn) != len(self.names):
             raise GradientDrawError(f"{where} has {len(drawn)} tensors, but the exact gradient has {len(self.names)}")
         error = self._join(drawn, where) - self.exact
+        squared = torch.stack([part.sum() for part in self.split(error.square())])
+        self._check_finite(squared, where)
+        along = torch.stack([part.sum() for part in self.split(error * self.exact)])
+        self.figures.append(torch.stack([squared, along]).cpu())
+        sums = torch.bincount(self.group_of, weights=error * self.sign, minlength=sum(self.group_counts))
+        self.group_sums.append(sums.cpu())
         if self.first_error is None:
             self.first_error = error
-        else:
+        elif not all(self.varies):
             changes = self.split((error - self.first_error).abs())
             self.varies = [
                 varies or bool((change > unit).any())
                 for varies, change, unit in zip(self.varies, changes, self.resolutions, strict=True)
             ]
-        squared = torch.stack([part.sum() for part in self.split(error.square())])
-        along = torch.stack([part.sum() for part in self.split(error * self.exact)])
-        self.figures.append(torch.stack([squared, along]).cpu())
-        sums = torch.bincount(self.group_of, weights=error * self.sign, minlength=sum(self.group_counts))
-        self.group_sums.append(sums.cpu())
 
     def split(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Split a vector of all entries into one part for each tensor."""
@@ -240,14 +243,14 @@ class _Audit:
                     f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, "
                     f"but the exact gradient has {tuple(shape)}"
                 )
-            part = tensor.detach().to(self.device, torch.float64).flatten()
-            if not bool(part.isfinite().all()):
-                count = int((~part.isfinite()).sum())
-                raise GradientDrawError(
-                    f"{where}: tensor {name!r} has {count} entries that are not finite; an audit needs finite gradients"
-                )
-            parts.append(part)
+            parts.append(tensor.detach().to(self.device, torch.float64).flatten())
         return torch.cat(parts)
+
+    def _check_finite(self, squared_norms: Tensor, where: str) -> None:
+        if bool(squared_norms.isfinite().all()):
+            return
+        name = self.names[int(squared_norms.isfinite().logical_not().nonzero()[0])]
+        raise GradientDrawError(f"{where}: tensor {name!r} has entries that are not finite; an audit needs finite ones")
 
 
 def _summarise(audit: _Audit, draws: int, alpha: float) -> GradientMoments:

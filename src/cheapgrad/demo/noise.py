@@ -24,7 +24,7 @@ class Noise:
 
     Attributes:
         predicted: relative variance by the laws, or None.
-        fraction: added variance divided by that of the mini-batch gradient.
+        fraction: added variance divided by that of the mini-batch gradient; for another batch size, by its law.
         moments: what was measured, or None for a batch larger than the usual one, which adds no variance but removes
             some.
     """
@@ -73,12 +73,12 @@ class NoiseMeter:
             method: how the gradient is computed.
             draws: how many gradients to draw.
         """
-        examples = len(self._classes)
+        examples, usual = len(self._classes), self._setup.batch_size
+        batch_size = method.batch_size or usual
+        if batch_size > usual:
+            return Noise(predicted=None, fraction=usual / batch_size - 1, moments=None)
         # The share of the usual batch decides, because the fixed batch may be smaller than the usual one.
-        kept = round(examples * (method.batch_size or self._setup.batch_size) / self._setup.batch_size)
-        mini_batch_variance = self.example_variance / examples
-        if kept > examples:
-            return Noise(predicted=None, fraction=examples / kept - 1, moments=None)
+        kept = round(examples * batch_size / usual)
         model = copy.deepcopy(self._model)
         handle = method.convert(model)
         predicted = self._predict_batch(kept)
@@ -99,7 +99,8 @@ class NoiseMeter:
             names=[name for name, _ in model.named_parameters()],
         )
         added_variance = moments.relative_variance * self.squared_norm
-        return Noise(predicted, added_variance / mini_batch_variance, moments)
+        fraction = added_variance / (self.example_variance / examples)
+        return Noise(predicted, fraction if method.kind == "strategy" else usual / batch_size - 1, moments)
 
     def _predict_batch(self, kept: int) -> float:
         """Return the law of sampling without replacement; zero for the whole batch."""

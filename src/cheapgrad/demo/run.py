@@ -7,26 +7,22 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from cheapgrad.cost import measure_held_bytes
 from cheapgrad.demo.data import Digits, load_data
 from cheapgrad.demo.environment import describe_environment
 from cheapgrad.demo.files import prepare_directory, write_whole
 from cheapgrad.demo.methods import EXACT, Method, check_methods, make_default_methods
-from cheapgrad.demo.noise import Noise
+from cheapgrad.demo.model_run import AddBar, Amounts, ModelRun
 from cheapgrad.demo.setups import SETUPS, WIDE, Setup, make_quick
-from cheapgrad.demo.tasks import measure_noise, train_and_test, train_half_way
-from cheapgrad.demo.timing import WARM_UP_ROUNDS, find_batch_size, make_batch_ladder, time_steps
-from cheapgrad.demo.training import compute_loss
-from cheapgrad.demo.workers import Workers, open_workers
+from cheapgrad.demo.timing import WARM_UP_ROUNDS, time_steps
+from cheapgrad.demo.workers import open_workers
 from cheapgrad.errors import MissingExtraError, check_count
-from cheapgrad.reporting import DemoRecord, MethodRecord, ModelRecord, StepRecord, draw_scatter
+from cheapgrad.reporting import DemoRecord, StepRecord, draw_scatter
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,11 +83,12 @@ def run_demo(directory: Path, settings: DemoSettings, console: Console) -> DemoR
     data = load_data()
     setups = tuple(make_quick(setup) if settings.quick else setup for setup in settings.setups)
     strategies = settings.strategies or make_default_methods()
+    amounts = Amounts(settings.seeds, settings.draws, settings.rounds)
     with _one_thread(), torch.random.fork_rng(devices=[]):
         for setup in (*setups, settings.wide):
             check_methods(strategies, setup.build_seeded(0), setup.name)
         with open_workers(settings.workers) as workers, _progress(console) as add_bar:
-            models = tuple(_ModelRun(setup, strategies, data, settings, workers, add_bar).run() for setup in setups)
+            models = tuple(ModelRun(setup, strategies, data, amounts, workers, add_bar).run() for setup in setups)
             wide = _time_wide(settings, strategies, data, add_bar)
         environment = {**describe_environment(), "workers": settings.workers}
     record = DemoRecord(
@@ -107,131 +104,6 @@ def run_demo(directory: Path, settings: DemoSettings, console: Console) -> DemoR
     write_whole(directory / "demo.json", text.encode())
     write_whole(directory / "demo.png", picture)
     return record
-
-
-AddBar = Callable[[str, int], Callable[[], None]]
-
-
-class _ModelRun:
-    """Everything that is done with one network."""
-
-    def __init__(
-        self,
-        setup: Setup,
-        strategies: Sequence[Method],
-        data: Digits,
-        settings: DemoSettings,
-        workers: Workers,
-        add_bar: AddBar,
-    ) -> None:
-        self.setup, self.strategies, self.data, self.settings = setup, tuple(strategies), data, settings
-        self.workers, self.add_bar = workers, add_bar
-
-    def run(self) -> ModelRecord:
-        methods = (*self._match_batches(), *self.strategies)
-        seconds = self._time(methods, "step times", self.settings.rounds)
-        noises = self._measure_noise(methods)
-        held = [self._measure_bytes(method) for method in methods]
-        accuracies = self._train(methods)
-        records = [
-            _make_record(
-                method,
-                _Figures(took, took / seconds[0], size, size / held[0], right),
-                noise,
-                method.batch_size or self.setup.batch_size,
-            )
-            for method, took, noise, size, right in zip(methods, seconds, noises, held, accuracies, strict=True)
-        ]
-        return ModelRecord(
-            name=self.setup.name,
-            description=self.setup.description,
-            parameters=sum(parameter.numel() for parameter in self.setup.build_seeded(0).parameters()),
-            training_steps=self.setup.steps,
-            batch_size=self.setup.batch_size,
-            audit_batch_size=self.setup.audit_batch_size,
-            methods=tuple(records),
-        )
-
-    def _time(self, methods: Sequence[Method], what: str, rounds: int) -> list[float]:
-        advance = self.add_bar(f"{self.setup.name}: {what}", rounds + WARM_UP_ROUNDS)
-        return time_steps(self.setup, methods, self.data, rounds, advance)
-
-    def _match_batches(self) -> tuple[Method, ...]:
-        """Return the exact method, on its usual batch and on those whose step takes as long as the fastest strategies'.
-
-        There is one for each budget, and none where that is the usual batch.
-        """
-        ladder = make_batch_ladder(self.setup)
-        # Only the size of a batch depends on these times, so a third of the rounds will do.
-        times = self._time((EXACT, *ladder, *self.strategies), "equal batches", 1 + self.settings.rounds // 3)
-        sizes = [self.setup.batch_size, *(method.batch_size or 0 for method in ladder)]
-        measured = list(zip(sizes, times[: len(sizes)], strict=True))
-        strategy_times = list(zip(times[len(sizes) :], self.strategies, strict=True))
-        found = {self.setup.batch_size: EXACT}
-        for budget in sorted({method.budget for method in self.strategies}):
-            took, fastest = min(
-                ((took, method) for took, method in strategy_times if method.budget == budget), key=lambda pair: pair[0]
-            )
-            size = find_batch_size(took, measured)
-            method = Method(f"batch of {size}", family="batch", batch_size=size)
-            remark = f"its step takes as long as that of {fastest.label}"
-            found[size] = replace(found.get(size, method), remark=remark)
-        return tuple(found.values())
-
-    def _measure_noise(self, methods: Sequence[Method]) -> list[Noise]:
-        weights = train_half_way(self.setup)
-        advance = self.add_bar(f"{self.setup.name}: variance and bias", len(methods))
-        tasks = [partial(measure_noise, self.setup, method, weights, self.settings.draws) for method in methods]
-        return self.workers.run(tasks, advance)
-
-    def _measure_bytes(self, method: Method) -> int:
-        model = self.setup.build_seeded(0).train()
-        method.convert(model)
-        size = method.batch_size or self.setup.batch_size
-        pictures, classes = self.data.train_pictures[:size], self.data.train_classes[:size]
-        # The batch itself is there anyway, like the parameters.
-        held = measure_held_bytes(lambda: compute_loss(model, pictures, classes), exclude=[model, pictures, classes])
-        return held.total_bytes
-
-    def _train(self, methods: Sequence[Method]) -> list[tuple[float, ...]]:
-        seeds = range(self.settings.seeds)
-        tasks = [partial(train_and_test, self.setup, method, seed) for method in methods for seed in seeds]
-        accuracies = self.workers.run(tasks, self.add_bar(f"{self.setup.name}: training", len(tasks)))
-        return [tuple(accuracies[start : start + len(seeds)]) for start in range(0, len(tasks), len(seeds))]
-
-
-@dataclass(frozen=True)
-class _Figures:
-    """Figures of one method that its record takes over as they are."""
-
-    step_seconds: float
-    step_time_fraction: float
-    held_bytes: int
-    held_bytes_fraction: float
-    accuracies: tuple[float, ...]
-
-
-def _make_record(method: Method, figures: _Figures, noise: Noise, batch_size: int) -> MethodRecord:
-    moments = noise.moments
-    return MethodRecord(
-        label=method.label,
-        kind=method.kind,
-        family=method.family,
-        stored=None if method.stored is None else repr(method.stored),
-        cotangent=None if method.cotangent is None else repr(method.cotangent),
-        batch_size=batch_size,
-        **vars(figures),
-        predicted_relative_variance=noise.predicted,
-        noise_fraction=noise.fraction,
-        remark=method.remark,
-        draws=0 if moments is None else moments.draws,
-        measured_relative_variance=None if moments is None else moments.relative_variance,
-        measured_relative_variance_standard_error=None if moments is None else moments.relative_variance_standard_error,
-        max_abs_z=None if moments is None else moments.max_abs_z,
-        band=None if moments is None else moments.band,
-        detectable_relative_bias=None if moments is None else moments.detectable_relative_bias,
-        unbiased=moments is None or moments.unbiased,
-    )
 
 
 def _time_wide(

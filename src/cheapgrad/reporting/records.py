@@ -17,7 +17,7 @@ PROVENANCE = {
     "through a sketched dX of a layer above is not in it; for a smaller batch, the law of sampling without replacement",
     "measured_relative_variance": "measured: mean of ||drawn - exact||^2 / ||exact||^2 over the draws",
     "noise_fraction": "measured: added variance divided by that of the mini-batch gradient, itself measured from the "
-    "gradients of single examples",
+    "gradients of single examples; for another batch size computed: usual size / size - 1",
     "max_abs_z": "measured: largest z-score of the bias over entries and projections, at fixed weights and batch",
     "band": "computed: what chance explains, family-wise false alarm probability 1e-6",
     "detectable_relative_bias": "computed: error of scale that would have been found with probability 0.99",

@@ -109,7 +109,7 @@ def _on_size(record: DemoRecord) -> str:
         return f"{caution}; measure your own."
     fastest = sorted(wide, key=lambda step: step.step_time_fraction)[:2]
     figures = " and ".join(f"{step.step_time_fraction:.2f} with {step.label}" for step in fastest)
-    return f"{caution}: a step of a {fastest[0].description}, takes {figures} of the exact time. Measure your own."
+    return f"{caution}: in a wider one ({fastest[0].description}) a step takes, of the exact time, {figures}."
 
 
 def _is_as_accurate(method: MethodRecord, model: ModelRecord) -> bool:

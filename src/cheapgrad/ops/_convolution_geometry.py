@@ -113,7 +113,7 @@ class Geometry:
 def pixel_squares(images: Tensor) -> Tensor:
     """Return squared pixel norms ``[B, 1, ...]``, in single precision at least.
 
-    A norm over the channels' axis would do, and is some twenty times slower on CPU.
+    A norm over the channels' axis would do, and is far slower on CPU.
     """
     return images.to(torch.promote_types(images.dtype, torch.float32)).square().sum(1, keepdim=True)
 

@@ -13,7 +13,7 @@ class ExampleSample(AbstractRowSampling):
     r"""Keep a share of the examples (the first axis of the input), weighted to stand for all.
 
     The same estimator as `RowSample` with all T rows of an example as one atom. The unit of variance-controlled
-    sampling; for token models it has several times the variance of `RowSample` at the same cost, and it is what
+    sampling; for token models it has a higher variance than `RowSample` at the same cost, and it is what
     convolutions can save time with, because whole pictures stay dense.
 
     Args:

@@ -89,8 +89,7 @@ class Operands:
 def norm_along(matrix: Tensor, dim: int) -> Tensor:
     """Return Euclidean norms along `dim` (0 or 1 of a matrix, any of a stack), in single precision at least.
 
-    Columns go through a matrix-vector product with ones: torch's norm over a leading axis is some twenty times slower
-    on CPU.
+    Columns go through a matrix-vector product with ones: torch's norm over a leading axis is far slower on CPU.
     """
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     if dim == matrix.dim() - 1:

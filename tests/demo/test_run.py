@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -113,6 +115,20 @@ def test_two_workers_find_what_one_finds(finished, tmp_path):
 def test_error_in_a_worker_reaches_the_caller(tmp_path):
     with open_workers(2) as workers, pytest.raises(BudgetError, match="seeds"):
         workers.run([partial(DemoSettings, seeds=0)], lambda: None)
+
+
+def test_workers_end_at_once_with_an_error():
+    def interrupt_long_work():
+        with open_workers(2) as workers:
+            workers.run([partial(int, "1")], lambda: None)
+            workers._pool.submit(time.sleep, 60)
+            raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_long_work()
+    assert time.monotonic() - start < 30
+    assert multiprocessing.active_children() == []
 
 
 def test_global_state_is_left_alone(tmp_path):

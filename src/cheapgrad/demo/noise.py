@@ -25,8 +25,7 @@ class Noise:
     Attributes:
         predicted: relative variance by the laws, or None.
         fraction: added variance divided by that of the mini-batch gradient; for another batch size, by its law.
-        moments: what was measured, or None for a batch larger than the usual one, which adds no variance but removes
-            some.
+        moments: what was measured, or None for a batch as large as the usual one or larger, which adds no variance.
     """
 
     predicted: float | None
@@ -75,10 +74,10 @@ class NoiseMeter:
         """
         examples, usual = len(self._classes), self._setup.batch_size
         batch_size = method.batch_size or usual
-        if batch_size > usual:
-            return Noise(predicted=None, fraction=usual / batch_size - 1, moments=None)
         # The share of the usual batch decides, because the fixed batch may be smaller than the usual one.
         kept = round(examples * batch_size / usual)
+        if method.kind == "batch" and kept >= examples:
+            return Noise(predicted=None, fraction=usual / batch_size - 1, moments=None)
         model = copy.deepcopy(self._model)
         handle = method.convert(model)
         predicted = self._predict_batch(kept)

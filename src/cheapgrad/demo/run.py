@@ -27,7 +27,8 @@ from cheapgrad.reporting import DemoRecord, StepRecord, draw_scatter
 if TYPE_CHECKING:
     from rich.console import Console
 
-_MOST_WORKERS = 2
+# More would need more memory than the time they save is worth.
+_MOST_WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _time_wide(
     settings: DemoSettings, strategies: Sequence[Method], data: Digits, add_bar: AddBar
 ) -> tuple[StepRecord, ...]:
     methods = (EXACT, *strategies)
-    rounds = 1 + settings.rounds // 4
+    rounds = 1 + settings.rounds // 6
     advance = add_bar(f"{settings.wide.name}: step times", rounds + WARM_UP_ROUNDS)
     seconds = time_steps(settings.wide, methods, data, rounds, advance)
     return tuple(

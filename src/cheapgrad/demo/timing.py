@@ -58,8 +58,8 @@ def _make_timed_step(setup: Setup, method: Method, data: Digits) -> Callable[[],
 
 
 def make_batch_ladder(setup: Setup) -> list[Method]:
-    """Return exact methods on batches of half to seven quarters of the usual size, to read off equal step times."""
-    sizes = [setup.batch_size * quarters // 4 for quarters in (2, 3, 5, 7)]
+    """Return exact methods on batches of half to one and a half times the usual size, to read off equal step times."""
+    sizes = [setup.batch_size * quarters // 4 for quarters in (2, 3, 6)]
     return [replace(EXACT, label=f"batch of {size}", family="batch", batch_size=size) for size in sizes]
 
 

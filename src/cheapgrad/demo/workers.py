@@ -45,15 +45,21 @@ class Workers:
 
 @contextlib.contextmanager
 def open_workers(count: int) -> Iterator[Workers]:
-    """Give that many workers and end them with the context; tasks that still wait by then are dropped."""
+    """Give that many workers and end them with the context: at once, in the middle of their work, if it is an error."""
     if count == 1:
         yield Workers(None)
         return
     # Never fork: a copy of a process that has used threads can hang.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_prepare_worker)
+    others = multiprocessing.active_children()
     try:
         yield Workers(pool)
+    except BaseException:
+        for child in multiprocessing.active_children():
+            if child not in others:
+                child.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -41,8 +41,8 @@ class MethodRecord:
         held_bytes: bytes held for backward by a training step.
         held_bytes_fraction: the same, divided by that of the exact method.
         predicted_relative_variance: ``E‖ĝ − g‖² / ‖g‖²`` by the laws, or None if they do not say.
-        measured_relative_variance: the same, measured; None, as all that follows from draws, for a batch larger than
-            the exact method's, which adds no variance but removes some.
+        measured_relative_variance: the same, measured; None, as all that follows from draws, for a batch as large
+            as the exact method's or larger, which adds no variance.
         measured_relative_variance_standard_error: of the measured one.
         noise_fraction: added variance divided by that of the mini-batch gradient; negative for a larger batch.
         draws: gradients drawn for the variance and the bias, 0 for a larger batch.

@@ -105,3 +105,20 @@ def test_a_copy_made_in_exact_mode_is_not_exact_for_ever(by_pickle, tmp_path):
     twin(x).square().sum().backward()
     exact = torch.autograd.grad(nn.functional.linear(x, twin[0].weight, twin[0].bias).square().sum(), twin[0].weight)[0]
     assert not torch.allclose(twin[0].weight.grad, exact)
+
+
+def test_predictions_leave_the_statistics_of_batch_norms_alone():
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16))
+    handle = approximate(model, Rule("0", stored=StochasticRounding(4)), skip_small=False)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    x = torch.randn(32, 16)
+    handle.predict(lambda: model(x).square().mean())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_a_layer_that_was_replaced_is_said_to_be_gone():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    handle = approximate(model, Rule(stored=StochasticRounding(4)), skip_small=False)
+    model[1] = nn.Linear(16, 16)
+    assert [row.status for row in handle.rows] == ["converted", "gone"]
+    assert "the layer was replaced or removed since it was converted" in handle.summary()

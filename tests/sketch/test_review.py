@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from cheapgrad import Rule, approximate
-from cheapgrad.errors import PlacementError, UnknownNameError
+from cheapgrad.cost import measure_held_bytes
+from cheapgrad.errors import ForwardResultError, PlacementError, RuleError, UnknownNameError
 from cheapgrad.sketch import (
     DenseMatrix,
     Moment,
@@ -16,6 +17,7 @@ from cheapgrad.sketch import (
     StochasticRounding,
     from_dict,
 )
+from cheapgrad.testing import check_law
 
 
 def decoded_mean(matrix, draws):
@@ -64,3 +66,35 @@ def test_predictions_of_the_cotangent_have_no_place_beside_it():
 def test_an_unknown_field_names_the_nearest():
     with pytest.raises(UnknownNameError, match="RowSample has no field 'kep'; did you mean 'keep'"):
         from_dict({"type": "RowSample", "kep": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"strategy": "x"}, "strategy must be a strategy such as .* but got 'x'"),
+        ({"strategy": RowSample}, "strategy must be a strategy such as .* but got <class"),
+        ({"strategy": RowSample(0.5), "moment": "cotangent"}, "moment must be Moment.STORED .* but got 'cotangent'"),
+    ],
+)
+def test_the_law_checker_names_what_is_no_strategy_and_no_moment(arguments, text):
+    with pytest.raises(PlacementError, match=text):
+        check_law(arguments.pop("strategy"), **arguments)
+
+
+def test_too_few_draws_are_inconclusive_and_not_a_broken_law():
+    report = check_law(RowSample(0.2), draws=100)
+    assert not report.ok
+    assert "INCONCLUSIVE" in str(report)
+
+
+def test_rules_say_how_to_pass_a_list_and_a_module():
+    layer = nn.Linear(4, 4)
+    with pytest.raises(RuleError, match=r"pattern is a module \(Linear\), not a description of one"):
+        Rule(layer, stored=StochasticRounding(4))
+    with pytest.raises(RuleError, match=r"unpack it: approximate\(model, \*rules\)"):
+        approximate(layer, [Rule(stored=StochasticRounding(4))])
+
+
+def test_a_number_holds_no_graph():
+    with pytest.raises(ForwardResultError, match=r"returned the number 1\.0, which holds no graph"):
+        measure_held_bytes(lambda: 1.0)

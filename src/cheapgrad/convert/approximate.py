@@ -122,7 +122,10 @@ def _check_rules(rules: tuple[Rule, ...]) -> None:
         raise RuleError("no rule was given; pass e.g. cheapgrad.Rule(cotangent=RowSample(keep=0.5))")
     for rule in rules:
         if not isinstance(rule, Rule):
-            raise RuleError(f"rules must be cheapgrad.Rule objects, but got {rule!r} of type {type(rule).__name__}")
+            hint = "; unpack it: approximate(model, *rules)" if isinstance(rule, (list, tuple)) else ""
+            raise RuleError(
+                f"rules must be cheapgrad.Rule objects, but got {rule!r} of type {type(rule).__name__}{hint}"
+            )
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
@@ -207,7 +210,10 @@ def _check_matches(rules: tuple[Rule, ...], decisions: list[_Decision]) -> None:
             continue
         if matched:
             kinds = ", ".join(sorted({type(decision.module).__name__ for decision in matched}))
-            raise NoMatchError(f"the rule for {rule.pattern!r} matches only layers that cannot be converted: {kinds}")
+            reasons = "; ".join(sorted({_why_unsupported(decision.module) for decision in matched})[:5])
+            raise NoMatchError(
+                f"the rule for {rule.pattern!r} matches only layers that cannot be converted: {kinds} ({reasons})"
+            )
         layers = [decision.layer for decision in decisions if kind_of(type(decision.module)) is not None]
         names = [name for layer in layers for name in layer.names]
         hint = nearest_match(rule.pattern, names) if isinstance(rule.pattern, str) else ""

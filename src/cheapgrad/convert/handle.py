@@ -36,13 +36,16 @@ class Handle:
     def rows(self) -> tuple[LayerRecord, ...]:
         """One record per matched layer, with the predictions for the sizes last seen."""
         layers = dict(self._converted())
-        self._records = tuple(
-            dataclasses.replace(record, **predict_sizes(layers[record.name]))
-            if record.status == "converted" and record.name in layers
-            else record
-            for record in self._records
-        )
+        self._records = tuple(self._up_to_date(record, layers) for record in self._records)
         return self._records
+
+    def _up_to_date(self, record: LayerRecord, layers: dict[str, SketchedLayer]) -> LayerRecord:
+        if record.status != "converted" or self._reverted:
+            return record
+        if record.name not in layers:
+            remark = "the layer was replaced or removed since it was converted"
+            return dataclasses.replace(record, status="gone", remark=remark, stored=None, cotangent=None)
+        return dataclasses.replace(record, **predict_sizes(layers[record.name]))
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
@@ -74,7 +77,7 @@ class Handle:
 
         Args:
             closure: runs the model on a batch and returns a scalar loss. It must not call ``backward``; the gradients
-                held by the parameters are not touched, nor is torch's random state.
+                held by the parameters, buffers and torch's random state are as before when it is done.
 
         Returns:
             The records, with variances filled in: modelled, each layer on its own, without the noise that reaches it
@@ -85,6 +88,8 @@ class Handle:
         """
         self._check_live()
         layers = dict(self._converted())
+        # Batch norms count the batches they see.
+        buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
         for module in layers.values():
             module._cheapgrad.probe = Probe()
         try:
@@ -96,6 +101,9 @@ class Handle:
         finally:
             for module in layers.values():
                 module._cheapgrad.probe = None
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
         self._records = tuple(
             dataclasses.replace(record, **predictions.get(record.name, {})) for record in self._records
         )
@@ -124,7 +132,7 @@ class Handle:
         return self.summary()
 
     def __repr__(self) -> str:
-        converted = sum(record.status == "converted" for record in self._records)
+        converted = sum(record.status == "converted" for record in self.rows)
         return (
             f"<cheapgrad.Handle of {type(self.model).__name__}: {converted} of {len(self._records)} layers converted>"
         )

@@ -16,7 +16,7 @@ class LayerRecord:
     Attributes:
         name: qualified name; empty for the model itself.
         kind: class name.
-        status: ``"converted"`` or ``"skipped"``.
+        status: ``"converted"``, ``"skipped"``, or ``"gone"`` if the layer was replaced since.
         remark: why it was skipped, or what else is worth knowing.
         stored: the strategy as text, or None.
         cotangent: the strategy as text, or None.

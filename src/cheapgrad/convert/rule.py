@@ -55,6 +55,11 @@ class Rule:
                 f"pattern must be a glob on module names, a module type or a predicate(name, module), "
                 f"but got {self.pattern!r}"
             )
+        if isinstance(self.pattern, nn.Module):
+            raise RuleError(
+                f"pattern is a module ({type(self.pattern).__name__}), not a description of one; give its name, "
+                "its type, or a predicate such as lambda name, module: module is layer"
+            )
         if isinstance(self.pattern, type) and not issubclass(self.pattern, nn.Module):
             raise RuleError(f"pattern {self.pattern.__name__!r} is a type, but not a torch.nn.Module type")
         if self.stored is None and self.cotangent is None:

@@ -38,6 +38,10 @@ def format_flops(count: float | None) -> str:
     return "-"
 
 
+# Columns that may be broken over lines, with their least width: nothing is cut out of them.
+_FOLDED = {"kind": 8, "status": 44}
+
+
 def _change(before: float | None, after: float | None, formatter: object) -> str:
     if before is None or after is None or not callable(formatter):
         return "-"
@@ -51,7 +55,14 @@ def render_summary(rows: Sequence[LayerRecord], *, reverted: bool = False) -> st
 
     table = Table(box=None, pad_edge=False, header_style="")
     for header in ("layer", "kind", "status", "saved", "backward", "rel. var. dW"):
-        table.add_column(header, justify="right" if header == "rel. var. dW" else "left", no_wrap=header != "status")
+        table.add_column(
+            header,
+            justify="right" if header == "rel. var. dW" else "left",
+            no_wrap=header not in _FOLDED,
+            overflow="fold" if header in _FOLDED else "ellipsis",
+            min_width=_FOLDED.get(header),
+            max_width=24 if header == "kind" else None,
+        )
     for row in rows:
         table.add_row(
             row.name or "(model)",
@@ -93,5 +104,8 @@ def _footnotes(rows: Sequence[LayerRecord]) -> list[str]:
         notes.append("bytes and FLOPs appear after the first training batch")
     if any(row.status == "converted" and row.weight_variance is None for row in rows):
         notes.append("relative variances appear after handle.predict(closure)")
-    notes.append("a neighbour (activation, norm) may keep the same input: bytes saved on the network can be fewer")
+    notes.append(
+        "a neighbour (a ReLU, a norm) may keep the same input, and then more is held than before: "
+        "measure the network with cheapgrad.cost.measure_held_bytes"
+    )
     return notes

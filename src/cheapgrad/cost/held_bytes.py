@@ -84,7 +84,7 @@ def measure_held_bytes(function: Callable[[], object], *, exclude: Iterable[nn.M
         temporaries of the forward and backward passes are not in it.
 
     Raises:
-        ForwardResultError: `function` returned None, so that nothing keeps its graph alive.
+        ForwardResultError: `function` returned None or a number, so that nothing keeps its graph alive.
 
     Example:
         A `Linear` holds its input; a `ReLU` holds its output, which is the next layer's input.
@@ -108,6 +108,11 @@ def measure_held_bytes(function: Callable[[], object], *, exclude: Iterable[nn.M
     if result is None:
         raise ForwardResultError(
             "the function to measure returned None, so its graph is already gone; let it return the loss it computed"
+        )
+    if isinstance(result, (int, float)):
+        raise ForwardResultError(
+            f"the function to measure returned the number {result!r}, which holds no graph; let it return the loss "
+            "itself, without .item()"
         )
     # Strong references to every tensor until the count is over: a freed storage's address may be given out again.
     visible = [parcel.tensor for parcel in list(parcels)]

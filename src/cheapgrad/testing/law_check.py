@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cheapgrad.errors import BudgetError, check_count
+from cheapgrad.errors import BudgetError, PlacementError, check_count
 from cheapgrad.sketch import AbstractStrategy, DenseMatrix, Moment, Operands, Variance
 from cheapgrad.testing.layer_problem import LayerProblem, make_layer_problem
 
@@ -89,7 +89,9 @@ class LawReport:
 
     def __str__(self) -> str:
         """Say in a few lines what was found."""
-        lines = [f"{self.strategy} in {self.moment}=, {self.draws} draws: {'ok' if self.ok else 'LAW BROKEN'}"]
+        broken = self.biased or self.wrong_variance
+        verdict = "LAW BROKEN" if broken else ("ok" if self.ok else "INCONCLUSIVE")
+        lines = [f"{self.strategy} in {self.moment}=, {self.draws} draws: {verdict}"]
         for target in self.targets:
             words = [
                 word
@@ -145,12 +147,16 @@ def check_law(
 
     Raises:
         BudgetError: if `draws`, `alpha` or `tolerance` is out of range.
-        PlacementError: if the strategy has no meaning at `moment`.
+        PlacementError: if the strategy has no meaning at `moment`, or is no strategy.
 
     >>> from cheapgrad.sketch import ColumnSample
     >>> check_law(ColumnSample(keep=0.6)).ok
     True
     """
+    if not isinstance(strategy, AbstractStrategy):
+        raise PlacementError(f"strategy must be a strategy such as RowSample(keep=0.5), but got {strategy!r}")
+    if moment is not None and not isinstance(moment, Moment):
+        raise PlacementError(f"moment must be Moment.STORED or Moment.COTANGENT, but got {moment!r}")
     check_count("draws", draws, minimum=100)
     for name, value in (("alpha", alpha), ("tolerance", tolerance)):
         if not 0 < value < 1:

@@ -8,6 +8,8 @@ from cheapgrad.reporting.records import DemoRecord, MethodRecord, ModelRecord
 
 # Accuracies closer than this are called the same: a percent of the test set is three or four pictures.
 _SAME_ACCURACY = 0.01
+# Step times closer than this are called the same: medians of interleaved steps differ by as much from run to run.
+_SAME_TIME = 0.03
 
 
 def write_verdict(record: DemoRecord) -> list[str]:
@@ -77,7 +79,7 @@ def _on_prediction(record: DemoRecord) -> str:
 
 def _on_time(model: ModelRecord) -> str:
     equal = [method for method in _strategies(model) if _is_as_accurate(method, model)]
-    faster = [method for method in equal if method.step_time_fraction < 1]
+    faster = [method for method in equal if method.step_time_fraction < 1 - _SAME_TIME]
     if not faster:
         return "no strategy is faster than the exact step at the same accuracy"
     best = min(faster, key=lambda method: method.step_time_fraction)
@@ -98,8 +100,11 @@ def _on_batches(model: ModelRecord) -> str:
     if not strategies:
         return "nothing to compare"
     best = min(strategies, key=lambda method: method.cost_times_noise)
-    word = "beats it" if best.cost_times_noise < 1 else "does not beat it"
-    return f"c(1+ω) is {best.cost_times_noise:.2f} at best ({best.label}), so where noise dominates it {word}"
+    if abs(best.cost_times_noise - 1) <= _SAME_TIME:
+        outcome = "draws level"
+    else:
+        outcome = "wins" if best.cost_times_noise < 1 else "loses"
+    return f"c(1+ω) is {best.cost_times_noise:.2f} at best ({best.label}), so where noise dominates it {outcome}"
 
 
 def _on_size(record: DemoRecord) -> str:

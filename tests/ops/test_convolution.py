@@ -296,9 +296,9 @@ def test_predicted_scores_learn_from_the_cotangent():
     layer = small_layer()
     layer.grad[..., :3] = 0.0
     plan = plan_of(RowSample(0.5, scores=PredictedNorm()), Moment.STORED)
-    assert plan.stored_memory.predict(120, 4) is None
+    assert plan.stored_memory.predict(120, 4, torch.device("cpu")) is None
     run(layer, plan)
-    predicted = plan.stored_memory.predict(120, 4).view(4, 5, 6)
+    predicted = plan.stored_memory.predict(120, 4, torch.device("cpu")).view(4, 5, 6)
     # Windows of three columns: input columns 0 and 1 only meet output columns 0 to 2.
     assert predicted[..., :2].max() < 0.2 < predicted[..., 2:].min()
 

@@ -45,7 +45,6 @@ def _placed():
         ProductNorm(),
         JointNorm(),
         JointNorm(3.0),
-        PredictedNorm(),
     ):
         yield COTANGENT, RowSample(keep=0.5, scores=score)
     for score in (Uniform(), StoredNorm(), PredictedNorm()):

@@ -67,7 +67,7 @@ def test_predicted_norms_keep_their_law():
     memory = strategy.new_memory()
     strategy.observe(PROBLEM.cotangent_NO, PROBLEM.examples, memory)
     rows = PROBLEM.stored_NI.shape[0]
-    predicted_norm_N = memory.predict(rows, PROBLEM.examples)
+    predicted_norm_N = memory.predict(rows, PROBLEM.examples, PROBLEM.stored_NI.device)
     assert predicted_norm_N.shape == (rows,)
     predicted = strategy.law.variance(
         PROBLEM.stored_NI,

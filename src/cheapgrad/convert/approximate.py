@@ -180,7 +180,7 @@ def _why_unsupported(module: nn.Module) -> str:
 def _why_not(module: nn.Module, kind: LayerKind, strategy: AbstractStrategy, moment: Moment, skip_small: bool) -> str:
     """Return why a strategy is left out for a layer, or an empty string."""
     # Not get_parameter: hooks such as pruning put a plain tensor in the place of the parameter.
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight: Tensor = module.weight  # type: ignore[assignment] - a tensor, pruned or not
     if strategy.is_exact:
         return f"{moment.value}: full budget, stock code runs"
     if moment is Moment.STORED and not weight.requires_grad:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cheapgrad.errors import PlacementError, check_fraction
 from cheapgrad.sketch._strategy import AbstractStrategy
+from cheapgrad.sketch.budget import count_kept
 from cheapgrad.sketch.designs import AbstractDesign, Systematic
 from cheapgrad.sketch.designs._abstract import SquaredNormOfSum
 from cheapgrad.sketch.law import LayerTensors, Variance
@@ -72,7 +73,7 @@ class AbstractSampling(AbstractStrategy):
 
     def kept_count(self, size: int) -> int:
         """Return how many of `size` atoms are kept: the nearest whole number, at least one."""
-        return min(size, max(1, int(self.keep * size + 0.5)))
+        return count_kept(self.keep, size)
 
     def evaluate_scores(self, operands: Operands) -> Tensor:
         """Return the scores of the atoms, floored where their zeros are not zeros of the gradient."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from cheapgrad.errors import PlacementError, check_fraction
 from cheapgrad.sketch import random
 from cheapgrad.sketch._strategy import AbstractStrategy, flat, operands_for, stacked, zero
+from cheapgrad.sketch.budget import count_kept
 from cheapgrad.sketch.designs import Systematic
 from cheapgrad.sketch.drawn import DrawnDense, StoredDense
 from cheapgrad.sketch.law import Law, LayerShape, LayerTensors, Variance, dense_bytes, dense_flops
@@ -76,7 +77,7 @@ class ElementMask(AbstractStrategy):
         )
 
     def _kept_count(self, size: int) -> int:
-        return min(size, max(1, int(self.keep * size + 0.5)))
+        return count_kept(self.keep, size)
 
     def _scores(self, matrix: Tensor) -> Tensor:
         # Without magnitudes an entry that is not finite counts as infinite all the same, so that it is never dropped.

@@ -89,7 +89,7 @@ def _number_of_draw() -> int:
 
 
 # What `torch.compiler.assume_constant_result` does, which would import the compiler with this package.
-_number_of_draw._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_number_of_draw._dynamo_marked_constant = True  # type: ignore[attr-defined] - a mark on a function
 
 
 torch.library.define("cheapgrad::anchor", "(Tensor tensor, Tensor[] kept) -> Tensor")

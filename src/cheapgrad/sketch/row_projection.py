@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cheapgrad.errors import PlacementError, check_fraction
 from cheapgrad.sketch._strategy import AbstractStrategy, operands_for, stacked, zero
+from cheapgrad.sketch.budget import count_kept
 from cheapgrad.sketch.drawn import DrawnRows, StoredRows
 from cheapgrad.sketch.law import Law, LayerShape, LayerTensors, Variance, dense_bytes
 from cheapgrad.sketch.moment import Moment
@@ -75,7 +76,7 @@ class RowProjection(AbstractStrategy):
 
     def kept_count(self, rows: int) -> int:
         """Return K: the nearest whole number to ``keep * N``, at least one."""
-        return min(rows, max(1, int(self.keep * rows + 0.5)))
+        return count_kept(self.keep, rows)
 
     def draw(self, operands: Operands, memory: Any = None) -> DrawnRows:
         """Project the cotangent."""

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from cheapgrad.cost._saved_tensors import (
+    ParcelPost,
+    StorageKey,
+    hidden_tensors,
+    key_storages,
+    list_owned_tensors,
+    list_storages,
+    storage_key,
+    walk_graph,
+)
 from cheapgrad.errors import ForwardResultError
 
 
@@ -52,16 +60,6 @@ class HeldBytes:
         return asdict(self)
 
 
-class _Parcel:
-    """A saved tensor on its way through the graph; it lives exactly as long as the graph needs it."""
-
-    __slots__ = ("__weakref__", "tensor")
-
-    def __init__(self, tensor: Tensor) -> None:
-        # Detached, because a parcel that held an output itself would form a reference cycle with its own graph.
-        self.tensor = tensor.detach()
-
-
 def measure_held_bytes(function: Callable[[], object], *, exclude: Iterable[nn.Module | Tensor] = ()) -> HeldBytes:
     r"""Run a forward pass once and count the bytes it leaves held for backward.
 
@@ -96,14 +94,8 @@ def measure_held_bytes(function: Callable[[], object], *, exclude: Iterable[nn.M
         >>> held.total_bytes == 32 * 8 * 4 + 32 * 16 * 4
         True
     """
-    parcels: weakref.WeakSet[_Parcel] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> _Parcel:
-        parcel = _Parcel(tensor)
-        parcels.add(parcel)
-        return parcel
-
-    with saved_tensors_hooks(pack, lambda parcel: parcel.tensor):
+    post = ParcelPost()
+    with saved_tensors_hooks(post.pack, post.unpack):
         result = function()
     if result is None:
         raise ForwardResultError(
@@ -115,19 +107,18 @@ def measure_held_bytes(function: Callable[[], object], *, exclude: Iterable[nn.M
             "itself, without .item()"
         )
     # Strong references to every tensor until the count is over: a freed storage's address may be given out again.
-    visible = [parcel.tensor for parcel in list(parcels)]
-    hidden = list(_hidden_tensors(result))
-    return _count(visible, hidden, list(_tensors_to_exclude(exclude)))
+    visible = [parcel.tensor for parcel in post.alive()]
+    hidden = [tensor for node in walk_graph(result) for tensor in hidden_tensors(node)]
+    return _count(visible, hidden, key_storages(list_owned_tensors(exclude)))
 
 
-def _count(visible: list[Tensor], hidden: list[Tensor], excluded: list[Tensor]) -> HeldBytes:
+def _count(visible: list[Tensor], hidden: list[Tensor], excluded_keys: set[StorageKey]) -> HeldBytes:
     """Count each storage once, first come first described."""
-    excluded_keys = {_key(storage) for tensor in excluded for storage in _storages(tensor)}
-    sizes: dict[tuple[str, int], int] = {}
-    holders: dict[tuple[str, int], list[tuple[Tensor, bool]]] = {}
+    sizes: dict[StorageKey, int] = {}
+    holders: dict[StorageKey, list[tuple[Tensor, bool]]] = {}
     for tensor, is_hidden in [(t, False) for t in visible] + [(t, True) for t in hidden]:
-        for storage in _storages(tensor):
-            key = _key(storage)
+        for storage in list_storages(tensor):
+            key = storage_key(storage)
             sizes[key] = storage.nbytes()
             holders.setdefault(key, []).append((tensor, is_hidden))
     storages = [
@@ -147,59 +138,3 @@ def _count(visible: list[Tensor], hidden: list[Tensor], excluded: list[Tensor]) 
         excluded_bytes=sum(size for key, size in sizes.items() if key in excluded_keys),
         storages=tuple(storages),
     )
-
-
-def _key(storage: torch.UntypedStorage) -> tuple[str, int]:
-    return (str(storage.device), storage.data_ptr())
-
-
-def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages behind a tensor: one if it is strided, one per component if it is sparse."""
-    if tensor.layout is torch.strided:
-        yield tensor.untyped_storage()
-    elif tensor.layout is torch.sparse_coo:
-        yield tensor._indices().untyped_storage()
-        yield tensor._values().untyped_storage()
-    else:
-        by_row = tensor.layout in {torch.sparse_csr, torch.sparse_bsr}
-        for part in (
-            tensor.crow_indices() if by_row else tensor.ccol_indices(),
-            tensor.col_indices() if by_row else tensor.row_indices(),
-            tensor.values(),
-        ):
-            yield part.untyped_storage()
-
-
-def _tensors_to_exclude(exclude: Iterable[nn.Module | Tensor]) -> Iterator[Tensor]:
-    for item in exclude:
-        if isinstance(item, nn.Module):
-            yield from item.parameters()
-            yield from item.buffers()
-        else:
-            yield item
-
-
-def _hidden_tensors(result: object) -> Iterator[Tensor]:
-    """Yield the tensors that custom autograd nodes behind `result` keep as plain attributes."""
-    waiting = [tensor.grad_fn for tensor in _tensors_in(result) if tensor.grad_fn is not None]
-    seen: set[Any] = set()
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        # Only nodes of custom functions have a dictionary: it is their context.
-        yield from _tensors_in(getattr(node, "__dict__", {}))
-        waiting += [following for following, _ in node.next_functions if following is not None]
-
-
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in a value built of tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors_in(item)

@@ -13,6 +13,7 @@ from cheapgrad.sketch import ColumnSample, ExampleSample, LowRank, RowSample, St
 from tests.convert.models import HALF, KeepsForward, Network, OverridesForward, convert, gradients
 
 LAYERS = ["blocks.0.fc1", "blocks.0.fc2", "blocks.1.fc1", "blocks.1.fc2", "head"]
+WITH_NORM = [*LAYERS[:4], "norm", "head"]
 
 
 def converted(handle):
@@ -22,7 +23,7 @@ def converted(handle):
 @pytest.mark.parametrize(
     ("pattern", "names"),
     [
-        ("*", LAYERS),
+        ("*", WITH_NORM),
         ("blocks.*", LAYERS[:4]),
         ("*.fc1", ["blocks.0.fc1", "blocks.1.fc1"]),
         ("blocks.[1].fc?", ["blocks.1.fc1", "blocks.1.fc2"]),
@@ -51,13 +52,14 @@ def test_later_rules_win():
         "blocks.0.fc2": ("StochasticRounding(bits=4)", None),
         "blocks.1.fc1": (None, "RowSample(keep=0.5)"),
         "blocks.1.fc2": (None, "ColumnSample(keep=0.25)"),
+        "norm": (None, "RowSample(keep=0.5)"),
         "head": (None, "RowSample(keep=0.5)"),
     }
 
 
 def test_a_later_rule_of_full_budget_takes_a_layer_out():
     handle = approximate(Network(), Rule(cotangent=HALF), Rule("head", cotangent=RowSample(1.0)), skip_small=False)
-    assert converted(handle) == LAYERS[:4]
+    assert converted(handle) == [*LAYERS[:4], "norm"]
     assert {row.name: row.remark for row in handle.rows}["head"] == "cotangent: full budget, stock code runs"
 
 
@@ -148,13 +150,20 @@ def test_a_class_that_refuses_leaves_everything_as_it_was():
     assert not any("_cheapgrad" in layer.__dict__ for layer in model)
 
 
-def unsupported_norm():
-    return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
-
-
 def test_skip_reason_no_operation():
-    handle = convert(unsupported_norm())
-    assert handle.rows[0].remark == "unsupported: no sketched operation for LayerNorm"
+    handle = convert(nn.Sequential(nn.Bilinear(8, 8, 8), nn.Linear(8, 8)))
+    assert handle.rows[0].remark == "unsupported: no sketched operation for Bilinear"
+
+
+def test_a_norm_has_no_rows_to_share_where_no_layer_draws():
+    with pytest.warns(NoEffectWarning, match="no layer that draws rows is converted, so there are none to share"):
+        approximate(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), Rule(cotangent=HALF))
+
+
+def test_a_strategy_without_meaning_for_a_norm_is_listed():
+    handle = convert(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), strategy=ColumnSample(0.5))
+    assert converted(handle) == ["1"]
+    assert handle.rows[0].remark.startswith("cotangent: ColumnSample has no meaning for LayerNorm")
 
 
 def test_skip_reason_overridden_forward():
@@ -166,7 +175,7 @@ def test_skip_reason_overridden_forward():
 def test_skip_reason_output_projection_of_attention():
     model = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
     handle = convert(model)
-    assert converted(handle) == ["linear1", "linear2"]
+    assert converted(handle) == ["linear1", "linear2", "norm1", "norm2"]
     remarks = {row.name: row.remark for row in handle.rows}
     assert remarks["self_attn.out_proj"] == (
         "unsupported: nn.MultiheadAttention reads this layer's weight without calling it"
@@ -291,7 +300,7 @@ def test_converting_twice_is_a_named_error_and_disjoint_patterns_work():
 def test_converting_again_after_revert_works():
     model = Network()
     convert(model).revert()
-    assert converted(convert(model)) == LAYERS
+    assert converted(convert(model)) == WITH_NORM
 
 
 def test_nothing_converted_is_a_warning_with_reasons():

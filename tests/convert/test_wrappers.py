@@ -129,6 +129,6 @@ def test_a_compiled_model_follows_exact_and_revert():
         assert error() < 1e-4
     assert error() > 0.1
     rows = handle.predict(lambda: compiled(x).square().sum())
-    assert all(row.relative_variance > 0 for row in rows)
+    assert all(row.relative_variance > 0 for row in rows if row.kind == "Linear")
     handle.revert()
     assert error() < 1e-4

@@ -76,9 +76,9 @@ def _systematic(design, scores, count):
     orders = oracle.all_orders(scores.shape[0]) if design.permute else np.arange(scores.shape[0])[None]
     starts, lengths = oracle.systematic_starts(probabilities.numpy(), orders)
     cases = np.nonzero(lengths > 0)
-    keys = _keys(orders)[cases[0]]
+    order = torch.as_tensor(orders)[cases[0]]
     start = torch.as_tensor(starts[cases]).unsqueeze(1)
-    index = design.select(probabilities.expand_as(keys), (keys, start) if design.permute else (start,), count)
+    index = design.select(probabilities.expand(order.shape), (order, start) if design.permute else (start,), count)
     # A sample of the sets against the definition, atom by atom in plain Python.
     for case in range(0, len(cases[0]), 97):
         expected = oracle.systematic_choice(probabilities.numpy(), orders[cases[0][case]], float(start[case]))

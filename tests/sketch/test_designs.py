@@ -180,6 +180,7 @@ def test_several_draws_at_once_equal_single_draws_from_the_same_numbers(design, 
         return numbers[row, : shape[-1]] if row is not None else numbers[:, : shape[-1]]
 
     monkeypatch.setattr(random, "uniform", fed)
+    monkeypatch.setattr(random, "permutation", lambda like, shape, **options: fed(like, shape).argsort(-1))
     row = None
     together = design.draw(scores, 3)
     for row in range(3):
@@ -196,7 +197,7 @@ def test_the_ends_of_the_unit_interval_keep_systematic_at_its_size(start, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(200, generator=generator, dtype=torch.float64) ** 6
     probabilities = water_filling(scores, 37)
-    keys = torch.rand(200, generator=generator, dtype=torch.float64)
-    index = Systematic().select(probabilities, (keys, torch.tensor([start], dtype=torch.float64)), 37)
+    order = torch.randperm(200, generator=generator)
+    index = Systematic().select(probabilities, (order, torch.tensor([start], dtype=torch.float64)), 37)
     assert index.unique().shape == (37,)
     assert (probabilities[index] > 0).all()

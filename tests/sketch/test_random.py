@@ -119,8 +119,9 @@ def _invert_shift(bits, shift):
         lambda generator: random.signs(LIKE, (50,), generator=generator),
         lambda generator: random.normal(LIKE, (50,), generator=generator),
         lambda generator: random.integers(LIKE, 9, (50,), generator=generator),
+        lambda generator: random.permutation(LIKE, (50,), generator=generator),
     ],
-    ids=["uniform", "signs", "normal", "integers"],
+    ids=["uniform", "signs", "normal", "integers", "permutation"],
 )
 def test_a_generator_is_honoured_and_the_default_one_left_alone(draw, rank, on_rank):
     on_rank(rank)
@@ -151,6 +152,23 @@ def test_integers_are_uniform(rank, high, on_rank):
     counts = torch.bincount(random.integers(LIKE, high, (SAMPLE,)), minlength=high)
     assert counts.shape == (high,)
     assert high == 1 or stats.chisquare(counts.numpy()).pvalue > SMALLEST_P
+
+
+@pytest.mark.parametrize("rank", [None, 0, 1])
+@pytest.mark.parametrize("stack", [(), (3,)], ids=["one", "stack"])
+def test_all_orders_are_alike(rank, stack, on_rank):
+    on_rank(rank)
+    torch.manual_seed(3)
+    orders = torch.stack([random.permutation(LIKE, (*stack, 4)).view(-1, 4)[0] for _ in range(12_000)])
+    found, counts = (orders * torch.tensor([64, 16, 4, 1])).sum(1).unique(return_counts=True)
+    assert found.shape == (24,)
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(4).expand(12_000, 4))
+    assert stats.chisquare(counts.numpy()).pvalue > SMALLEST_P
+
+
+def test_orders_differ_between_ranks_under_equal_seeds(on_rank):
+    drawn = [_draw(on_rank, rank, draw=random.permutation, shape=(40,)) for rank in (0, 1)]
+    assert not torch.equal(*drawn)
 
 
 def test_the_rank_is_not_folded_in_without_a_group():

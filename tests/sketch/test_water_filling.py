@@ -138,6 +138,25 @@ def test_leading_axes_are_independent():
     torch.testing.assert_close(minimum_variance(scores, 4)[2, 1], minimum_variance(scores[2, 1], 4), rtol=1e-11, atol=0)
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [
+        *SCORES.values(),
+        np.zeros(5),
+        np.array([np.nan, 1.0, 2.0, np.inf, 3.0]),
+        np.array([1.0, 5e-324, 0.0]),
+    ],
+    ids=[*SCORES, "zeros", "not finite", "denormal"],
+)
+def test_one_line_on_the_host_equals_a_line_of_a_stack(scores):
+    scores = torch.as_tensor(scores)
+    before = scores.clone()
+    for count in range(1, len(scores) + 2):
+        stacked = water_filling(scores.unsqueeze(0), count)[0]
+        torch.testing.assert_close(water_filling(scores, count), stacked, rtol=1e-13, atol=0)
+    torch.testing.assert_close(scores, before, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("count", [0, -3, 1.5, True])
 def test_a_budget_that_is_no_count_is_named(count):
     with pytest.raises(BudgetError, match=f"count must be a whole number of at least 1, but got {count!r}"):

@@ -12,6 +12,7 @@ from cheapgrad.convert.layer_kinds import LayerKind, kind_of
 from cheapgrad.convert.layer_record import LayerRecord
 from cheapgrad.convert.obstacles import find_obstacle
 from cheapgrad.convert.rule import Rule
+from cheapgrad.convert.scopes import open_scopes
 from cheapgrad.convert.sketched_layer import Conversion, SketchedLayer, Switch, sketched_class
 from cheapgrad.convert.wrappers import unwrap
 from cheapgrad.errors import (
@@ -23,13 +24,14 @@ from cheapgrad.errors import (
     RuleError,
     nearest_match,
 )
+from cheapgrad.ops.chains.joining import is_row_wise
 from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import AbstractStrategy, Moment
 
 
 @dataclass
 class _Layer:
-    """A module with parameters of its own, and every name it is registered under."""
+    """A module with an operation of its own, and every name it is registered under."""
 
     module: nn.Module
     names: list[str]
@@ -96,6 +98,7 @@ def approximate(model: nn.Module, *rules: Rule, skip_small: bool = True) -> Hand
     _check_rules(rules)
     target = unwrap(model)
     decisions = [_decide(layer, rules, skip_small) for layer in _layers(target)]
+    _drop_rows_nobody_draws(decisions)
     _check_matches(rules, decisions)
     tied = _tied_names(target)
     switch = Switch()
@@ -105,6 +108,8 @@ def approximate(model: nn.Module, *rules: Rule, skip_small: bool = True) -> Hand
             continue
         records.append(_record(decision, tied))
     _swap_all(decisions, switch)
+    if any(rule.recompute for rule in rules):
+        open_scopes(target, switch)
     for rule in _rules_without_effect(rules, decisions):
         warnings.warn(
             f"the rule for {rule.pattern!r} has no effect: later rules win on every layer it matches",
@@ -129,10 +134,10 @@ def _check_rules(rules: tuple[Rule, ...]) -> None:
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
-    """Return every module that has parameters of its own, once."""
+    """Return every module that has parameters of its own or is of a convertible kind, once."""
     layers: dict[int, _Layer] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if any(True for _ in module.parameters(recurse=False)):
+        if any(True for _ in module.parameters(recurse=False)) or kind_of(type(module)) is not None:
             layers.setdefault(id(module), _Layer(module, [])).names.append(name)
     return list(layers.values())
 
@@ -155,17 +160,53 @@ def _decide(layer: _Layer, rules: tuple[Rule, ...], skip_small: bool) -> _Decisi
     for moment, strategy in ((Moment.STORED, rule.stored), (Moment.COTANGENT, rule.cotangent)):
         if strategy is None:
             continue
-        try:
-            strategy.check_layer(*kind.sizes(module), moment)
-        except BudgetError as error:
-            raise BudgetError(f"layer {decision.name or '(model)'!r}: {error}") from None
-        reason = _why_not(module, kind, strategy, moment, skip_small)
+        if kind.row_wise:
+            reason = _why_not_row_wise(module, strategy, moment)
+        else:
+            _check_budget(decision, kind, strategy, moment)
+            reason = _why_not(module, kind, strategy, moment, skip_small)
         if reason:
             remarks.append(reason)
         else:
             setattr(decision, moment.value, strategy)
     decision.remark = "; ".join(dict.fromkeys(remarks))
     return decision
+
+
+def _drop_rows_nobody_draws(decisions: list[_Decision]) -> None:
+    """Leave norms and activations alone that would share rows with a linear layer where there is none."""
+    converted = [decision for decision in decisions if decision.cotangent is not None]
+    drawing = [decision for decision in converted if not _is_row_wise(decision)]
+    if drawing:
+        return
+    for decision in converted:
+        decision.cotangent = None
+        reason = "cotangent: no layer that draws rows is converted, so there are none to share"
+        decision.remark = "; ".join(filter(None, [decision.remark, reason]))
+
+
+def _is_row_wise(decision: _Decision) -> bool:
+    kind = kind_of(type(decision.module))
+    return kind is not None and kind.row_wise
+
+
+def _check_budget(decision: _Decision, kind: LayerKind, strategy: AbstractStrategy, moment: Moment) -> None:
+    try:
+        strategy.check_layer(*kind.sizes(decision.module), moment)
+    except BudgetError as error:
+        raise BudgetError(f"layer {decision.name or '(model)'!r}: {error}") from None
+
+
+def _why_not_row_wise(module: nn.Module, strategy: AbstractStrategy, moment: Moment) -> str:
+    """Return why a strategy is left out for a norm or an activation, or an empty string."""
+    name = type(module).__name__
+    if strategy.is_exact:
+        return f"{moment.value}: full budget, stock code runs"
+    alone = Plan(stored=strategy) if moment is Moment.STORED else Plan(cotangent=strategy)
+    if not is_row_wise(alone):
+        kinds = "stochastic rounding is stored" if moment is Moment.STORED else "rows drawn by the cotangent alone"
+        return f"{moment.value}: {type(strategy).__name__} has no meaning for {name}; it works row by row ({kinds})"
+    return ""
 
 
 def _why_unsupported(module: nn.Module) -> str:
@@ -263,7 +304,7 @@ def _swap_all(decisions: list[_Decision], switch: Switch) -> None:
             original = type(decision.module)
             object.__setattr__(decision.module, "__class__", cls)
             swapped.append((decision.module, original))
-            decision.module.__dict__["_cheapgrad"] = Conversion(original, _plan_for(decision), switch)
+            decision.module.__dict__["_cheapgrad"] = Conversion(original, _plan_for(decision, original), switch)
     except Exception as error:
         for module, original in swapped:
             object.__setattr__(module, "__class__", original)
@@ -271,10 +312,13 @@ def _swap_all(decisions: list[_Decision], switch: Switch) -> None:
         raise ConversionError(f"a layer's class cannot be swapped ({error}); the model is unchanged") from error
 
 
-def _plan_for(decision: _Decision) -> Plan:
+def _plan_for(decision: _Decision, original_class: type[nn.Module]) -> Plan:
+    kind = kind_of(original_class)
+    of_kind = kind.new_memory() if kind is not None else None
     return Plan(
         decision.stored,
         decision.cotangent,
-        decision.stored.new_memory() if decision.stored else None,
+        of_kind or (decision.stored.new_memory() if decision.stored else None),
         decision.cotangent.new_memory() if decision.cotangent else None,
+        recompute=decision.rule is not None and decision.rule.recompute,
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cheapgrad.convert.layer_record import LayerRecord
 from cheapgrad.convert.predictions import predict_sizes, predict_variances
+from cheapgrad.convert.scopes import close_scopes
 from cheapgrad.convert.sketched_layer import Probe, SketchedLayer, Switch, sketched_class
 from cheapgrad.convert.summary import render_summary
 from cheapgrad.errors import ConversionError, ModelTypeError, ShapeError
@@ -70,6 +71,7 @@ class Handle:
         for _, module in layers:
             object.__setattr__(module, "__class__", module._cheapgrad.original_class)
             del module.__dict__["_cheapgrad"]
+        close_scopes(self.model)
         self._reverted = True
 
     def predict(self, closure: Callable[[], Tensor]) -> tuple[LayerRecord, ...]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cheapgrad.ops._convolution_geometry import as_images, as_matrix
+from cheapgrad.ops.activations import Activation, sketched_activation
+from cheapgrad.ops.chains.activation_stage import ActivationStage
+from cheapgrad.ops.chains.joining import linear_in_chain, stage_in_chain
+from cheapgrad.ops.chains.norm_stage import LayerNormStage, RootUse
+from cheapgrad.ops.chains.rebuilding import current_scope
 from cheapgrad.ops.convolution import ConvolutionConfig, sketched_convolution
 from cheapgrad.ops.convolution_law import (
     ConvolutionShape,
@@ -16,7 +23,6 @@ from cheapgrad.ops.convolution_law import (
     convolution_saved_bytes,
     convolution_variance,
 )
-from cheapgrad.ops.linear import sketched_linear
 from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import (
     AbstractStrategy,
@@ -75,6 +81,8 @@ class LayerKind:
         input_name: what the stock forward calls its first argument.
         slow_cotangents: strategies that are unbiased for the cotangent but save no time here.
         least_weights: layers with fewer weights are too small to pay, by moment.
+        row_wise: whether it has no products to save and matters only as a stage of a chain.
+        new_memory: makes what a module remembers from one forward pass to the next, whatever its strategy.
     """
 
     name: str
@@ -90,6 +98,8 @@ class LayerKind:
     least_weights: Mapping[Moment, int]
     input_name: str = "input"
     slow_cotangents: tuple[type[AbstractStrategy], ...] = ()
+    row_wise: bool = False
+    new_memory: Callable[[], Any] = lambda: None
 
 
 # What a stock forward calls on its own module: a subclass that overrides one of these has another forward.
@@ -102,7 +112,7 @@ def _runs_stock_forward(stock: type[nn.Module]) -> Callable[[type[nn.Module]], b
 
 
 def _run_linear(module: Any, plan: Plan, x: Tensor) -> Tensor:
-    return sketched_linear(x, module.weight, module.bias, plan)
+    return linear_in_chain(x, module.weight, module.bias, plan)
 
 
 def _matrix_shape(module: Any, x: Tensor, output: Tensor) -> LayerShape:
@@ -158,10 +168,8 @@ def _is_transposed_linear(cls: type[nn.Module]) -> bool:
 
 
 def _run_transposed_linear(module: Any, plan: Plan, x: Tensor) -> Tensor:
-    # Two-dimensional, so that the very same product runs as in the stock forward; the example axis goes along.
-    examples = x.shape[0] if x.dim() > 1 else 1
-    rows = sketched_linear(x.reshape(-1, x.shape[-1]), module.weight.t(), module.bias, plan, examples=examples)
-    return rows.view(*x.shape[:-1], module.nf)
+    # As one matrix, so that the very same product runs as in the stock forward.
+    return linear_in_chain(x, module.weight.t(), module.bias, plan, is_flat=True)
 
 
 TRANSPOSED_LINEAR = LayerKind(
@@ -227,7 +235,81 @@ CONVOLUTIONS = tuple(
     for stock in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 )
 
-KINDS: tuple[LayerKind, ...] = (LINEAR, TRANSPOSED_LINEAR, *CONVOLUTIONS)
+
+def _run_layer_norm(module: Any, plan: Plan, x: Tensor) -> Tensor:
+    if len(module.normalized_shape) != 1:
+        return nn.LayerNorm.forward(module, x)
+    stage = LayerNormStage(module.eps, module.normalized_shape[0], plan.stored, plan.stored_memory)
+    if plan.stored_memory is not None and plan.stored_memory.is_kept and current_scope() is not None:
+        stage = dataclasses.replace(stage, stored=None)
+    return stage_in_chain(x, stage, (module.weight, module.bias), lambda: nn.LayerNorm.forward(module, x))
+
+
+def _run_activation(activation_of: Callable[[Any], Activation]) -> Callable[..., Tensor]:
+    def run(module: Any, plan: Plan, x: Tensor) -> Tensor:
+        activation = activation_of(module)
+        stage = ActivationStage(activation, plan.stored)
+        return stage_in_chain(x, stage, (), lambda: sketched_activation(x, activation, plan.stored))
+
+    return run
+
+
+# Stock module -> its activation, and the names of the attributes that are options.
+_ACTIVATIONS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
+    nn.GELU: ("gelu", ("approximate",)),
+    nn.SiLU: ("silu", ()),
+    nn.Mish: ("mish", ()),
+    nn.Hardswish: ("hardswish", ()),
+    nn.Tanh: ("tanh", ()),
+    nn.Sigmoid: ("sigmoid", ()),
+    nn.Softplus: ("softplus", ("beta", "threshold")),
+    nn.LogSigmoid: ("log_sigmoid", ()),
+    nn.ELU: ("elu", ("alpha",)),
+    nn.CELU: ("celu", ("alpha",)),
+    nn.SELU: ("selu", ()),
+    nn.ReLU: ("relu", ()),
+    nn.LeakyReLU: ("leaky_relu", ("negative_slope",)),
+    nn.ReLU6: ("relu6", ()),
+    nn.Hardtanh: ("hardtanh", ("min_val", "max_val")),
+    nn.Hardsigmoid: ("hardsigmoid", ()),
+}
+
+
+def _activation_of(name: str, options: tuple[str, ...]) -> Callable[[Any], Activation]:
+    return lambda module: Activation(name, tuple((option, getattr(module, option)) for option in options))
+
+
+def _row_wise_kind(
+    stock: type[nn.Module], run: Callable[..., Tensor], new_memory: Callable[[], Any] = lambda: None
+) -> LayerKind:
+    return LayerKind(
+        name=stock.__name__,
+        accepts=_runs_stock_forward(stock),
+        run=run,
+        sizes=lambda module: (0, 0),
+        shape=_matrix_shape,
+        flops=lambda strategy, moment, shape: 0.0,
+        saved_bytes=lambda strategy, moment, shape: 0.0,
+        variance=lambda module, strategy, moment, use, memory: Variance(_ZERO, _ZERO),
+        cotangent_rows=lambda cotangent: cotangent.reshape(-1, cotangent.shape[-1]),
+        cotangent_like=lambda rows_NO, cotangent: rows_NO.view(cotangent.shape),
+        least_weights={Moment.STORED: 0, Moment.COTANGENT: 0},
+        row_wise=True,
+        new_memory=new_memory,
+    )
+
+
+_ZERO = torch.zeros((), dtype=torch.float64)
+
+ROW_WISE = (
+    _row_wise_kind(nn.LayerNorm, _run_layer_norm, RootUse),
+    *(
+        _row_wise_kind(stock, _run_activation(_activation_of(name, options)))
+        for stock, (name, options) in _ACTIVATIONS.items()
+    ),
+)
+
+KINDS: tuple[LayerKind, ...] = (LINEAR, TRANSPOSED_LINEAR, *CONVOLUTIONS, *ROW_WISE)
 
 
 def kind_of(cls: type[nn.Module]) -> LayerKind | None:

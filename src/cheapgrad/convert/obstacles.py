@@ -23,7 +23,11 @@ def find_obstacle(module: nn.Module) -> str:
         return "unsupported: its weight has no shape yet; run one batch, then convert"
     if is_parametrized(module):
         return "unsupported: its weight is parametrized; convert first, then register the parametrization"
+    if getattr(module, "inplace", False):
+        return "unsupported: it overwrites its input; eager chains pass through the stock module"
     weight = getattr(module, "weight", None)
+    if weight is None and not any(True for _ in module.parameters()):
+        return ""
     if weight is None or not weight.is_floating_point():
         return f"unsupported: weights of type {getattr(weight, 'dtype', None)}; sketches are made for real numbers"
     if not weight.numel():

@@ -52,7 +52,7 @@ def _flops(conversion: Conversion) -> float:
 def predict_variances(module: SketchedLayer, gradients: dict[int, Tensor]) -> dict[str, Any]:
     """Return variances and norms from the probed passes, as fields of a `LayerRecord`."""
     probe = module._cheapgrad.probe
-    if probe is None or not probe.uses:
+    if probe is None or not probe.uses or module._cheapgrad.kind.row_wise:
         return {}
     variances = [_variance_of_use(module, use) for use in probe.uses]
     weight_gradient = gradients.get(id(module.weight))

@@ -23,6 +23,8 @@ class Rule:
             ``(name, module) -> bool``.
         stored: what is kept of the input at forward time; None keeps it whole. The strategy for memory.
         cotangent: what is used of the cotangent at backward time; None uses all of it. The strategy for time.
+        recompute: compute the output of a linear layer again in backward, exactly, for other operations that would keep
+            it, such as attention its queries, keys and values.
 
     Raises:
         RuleError: if neither strategy is given, or the pattern is of another type.
@@ -36,6 +38,7 @@ class Rule:
     pattern: Pattern = "*"
     stored: AbstractStrategy | None = None
     cotangent: AbstractStrategy | None = None
+    recompute: bool = False
 
     def __init__(
         self,
@@ -43,10 +46,12 @@ class Rule:
         *,
         stored: AbstractStrategy | None = None,
         cotangent: AbstractStrategy | None = None,
+        recompute: bool = False,
     ) -> None:
         object.__setattr__(self, "pattern", pattern)
         object.__setattr__(self, "stored", stored)
         object.__setattr__(self, "cotangent", cotangent)
+        object.__setattr__(self, "recompute", recompute)
         self._validate()
 
     def _validate(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cheapgrad.convert.layer_kinds import LayerKind, LayerUse, kind_of
+from cheapgrad.exactness import is_forced_exact
 from cheapgrad.ops.plan import Plan
+from cheapgrad.sketch import random
 
 
 class Switch:
@@ -18,6 +21,11 @@ class Switch:
 
     def __init__(self) -> None:
         self.exact_depth = 0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether stock code is asked for, by this handle or for everything that runs."""
+        return self.exact_depth > 0 or is_forced_exact()
 
     def __getstate__(self) -> dict[str, int]:
         """Copies and pickles are made outside of any context: nobody would ever close theirs."""
@@ -83,14 +91,19 @@ class SketchedLayer(nn.Module):
             args = (kwargs.pop(conversion.kind.input_name),)
         if conversion.probe is not None:
             return _run_probed(self, conversion, *args, **kwargs)
-        draws = self.training and (torch.is_grad_enabled() or _may_be_replayed(self))
-        if conversion.switch.exact_depth or not draws:
+        if conversion.switch.is_exact or not self.training:
             return conversion.original_class.forward(self, *args, **kwargs)
         # Without an input the stock forward says what is missing.
         x = args[0] if args else None
         if x is None or x.numel() == 0:
             return conversion.original_class.forward(self, *args, **kwargs)
-        output = conversion.kind.run(self, conversion.plan, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            # It may be the first half of a reentrant checkpoint, whose second half draws.
+            if conversion.plan.stored is not None:
+                random.skip_stream(x)
+            return conversion.original_class.forward(self, *args, **kwargs)
+        with _stream_of(conversion.plan, x):
+            output = conversion.kind.run(self, conversion.plan, *args, **kwargs)
         if not torch.compiler.is_compiling():
             conversion.note_shape(self, x, output)
         return output
@@ -111,14 +124,9 @@ class SketchedLayer(nn.Module):
         return _empty_sketched, (self._cheapgrad.original_class,), self.__getstate__()
 
 
-def _may_be_replayed(module: SketchedLayer) -> bool:
-    """Tell whether this forward without gradients may be the first half of a reentrant checkpoint.
-
-    Such a checkpoint runs forward again later, from the random state of the first run. Both runs have to draw alike: or
-    the dropout behind this layer would change its mask, and every step would keep the same sample.
-    """
-    draws = module._cheapgrad.plan.stored is not None
-    return draws and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+def _stream_of(plan: Plan, x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Return the context that a layer draws in: a stream of its own, if it draws in its forward pass."""
+    return contextlib.nullcontext() if plan.stored is None else random.own_stream(x)
 
 
 def _run_probed(module: SketchedLayer, conversion: Conversion, *args: Any, **kwargs: Any) -> Tensor:

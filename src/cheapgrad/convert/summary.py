@@ -102,7 +102,7 @@ def _footnotes(rows: Sequence[LayerRecord]) -> list[str]:
     notes = []
     if any(row.status == "converted" and row.saved_bytes is None for row in rows):
         notes.append("bytes and FLOPs appear after the first training batch")
-    if any(row.status == "converted" and row.weight_variance is None for row in rows):
+    if any(row.status == "converted" and row.weight_variance is None and row.exact_backward_flops != 0 for row in rows):
         notes.append("relative variances appear after handle.predict(closure)")
     notes.append(
         "a neighbour (a ReLU, a norm) may keep the same input, and then more is held than before: "

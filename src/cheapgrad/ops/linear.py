@@ -23,7 +23,7 @@ class _SketchedLinear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, examples: int, *kept: Tensor) -> Tensor:
         weight, bias = random.anchor_parameters(weight, bias, kept)
-        return torch.nn.functional.linear(x, weight, bias)
+        return multiply(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -38,9 +38,14 @@ class _SketchedLinear(torch.autograd.Function):
             ctx.kept_count = len(held)
             saved.extend(held)
         ctx.save_for_backward(*saved)
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            # A row-wise chain that passed over this layer's output did its work.
+            return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors
         weight = saved[0] if ctx.needs_input_grad[0] else None
         kept = saved[len(saved) - ctx.kept_count :]
@@ -48,8 +53,9 @@ class _SketchedLinear(torch.autograd.Function):
         with torch.no_grad():
             stored, grad_NO = _as_matrices(ctx, plan, kept, grad)
             plan.observe(grad_NO, ctx.examples)
-            grad_input, grad_weight = _products(plan, stored, kept, grad_NO, weight, ctx.examples)
+            # Before the draw, whose scores then find G in the processor's cache.
             grad_bias = grad_NO.sum(0) if ctx.needs_input_grad[2] else None
+            grad_input, grad_weight = _products(plan, stored, kept, grad_NO, weight, ctx.examples)
             if grad_input is not None:
                 grad_input = grad_input.view(ctx.input_shape)
         gradients = [
@@ -132,6 +138,16 @@ def sketched_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, 
         kept = plan.keep(x.reshape(-1, x.shape[-1]), examples)
     function = _SketchedLinear if torch.compiler.is_compiling() else _EagerSketchedLinear
     return function.apply(x, weight, bias, plan, examples, *kept)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x @ weight.T + bias`` as a tensor of its own.
+
+    PyTorch multiplies the rows of a sequence as one matrix and returns a view of the product; a view made inside an
+    autograd function may not be overwritten, as an activation in place does.
+    """
+    output = torch.nn.functional.linear(x, weight, bias)
+    return output if torch.compiler.is_compiling() else torch.ops.aten._unsafe_view(output, output.shape)
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -22,12 +22,14 @@ class Plan:
         cotangent: strategy for G, or None to use G.
         stored_memory: running estimates of `stored`, or None.
         cotangent_memory: running estimates of `cotangent`, or None.
+        recompute: whether what other operations keep of the output is computed again in backward.
     """
 
     stored: AbstractStrategy | None = None
     cotangent: AbstractStrategy | None = None
     stored_memory: Any = field(default=None, compare=False, repr=False)
     cotangent_memory: Any = field(default=None, compare=False, repr=False)
+    recompute: bool = False
 
     @property
     def is_exact(self) -> bool:

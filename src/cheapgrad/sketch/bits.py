@@ -7,36 +7,44 @@ from torch import Tensor
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack integers of `bits` bits (1, 2, 4 or 8) into bytes.
+    """Pack integers of `bits` bits (1, 2, 4 or 8) into bytes along the last axis.
+
+    The axis is cut into ``8 / bits`` equal runs, zeros appended where it does not divide, and byte j holds the j-th
+    codes of all runs: whole runs are added, which processors do many bytes at a time.
 
     Args:
-        codes: uint8, shape ``[n]``, values in ``[0, 2**bits)``.
+        codes: uint8, shape ``[..., n]``; bits above the lowest `bits` are dropped.
         bits: width of a code.
 
     Returns:
-        uint8, shape ``[ceil(n * bits / 8)]``.
+        uint8, shape ``[..., ceil(n * bits / 8)]``.
 
     >>> pack_bits(torch.tensor([1, 2, 3, 0, 1], dtype=torch.uint8), 2)
-    tensor([57,  1], dtype=torch.uint8)
+    tensor([29,  2], dtype=torch.uint8)
     """
     if bits == 8:
         return codes
     per_byte = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[0] % per_byte)).view(-1, per_byte)
-    packed = padded[:, 0]
-    for position in range(1, per_byte):
-        packed = packed | (padded[:, position] << (position * bits))
+    missing = -codes.shape[-1] % per_byte
+    if missing:
+        codes = torch.nn.functional.pad(codes, (0, missing))
+    width = codes.shape[-1] // per_byte
+    codes = codes & ((1 << bits) - 1)
+    packed = codes.narrow(-1, 0, width)
+    for run in range(1, per_byte):
+        # A product and a sum, in one pass of many bytes at a time; shifts take one byte at a time.
+        packed = torch.add(packed, codes.narrow(-1, run * width, width), alpha=1 << (run * bits))
     return packed
 
 
 def unpack_bits(packed: Tensor, bits: int, length: int) -> Tensor:
-    """Return the first `length` codes that `pack_bits` packed, as uint8.
+    """Return the first `length` codes of the last axis that `pack_bits` packed, as uint8.
 
-    >>> unpack_bits(torch.tensor([57, 1], dtype=torch.uint8), 2, 5)
+    >>> unpack_bits(torch.tensor([29, 2], dtype=torch.uint8), 2, 5)
     tensor([1, 2, 3, 0, 1], dtype=torch.uint8)
     """
     if bits == 8:
-        return packed[:length]
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    codes = (packed.unsqueeze(1) >> shifts) & ((1 << bits) - 1)
-    return codes.flatten()[:length]
+        return packed.narrow(-1, 0, length)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).unsqueeze(1)
+    codes = ((packed.unsqueeze(-2) >> shifts) & ((1 << bits) - 1)).flatten(-2)
+    return codes.narrow(-1, 0, length)

@@ -1,6 +1,6 @@
 """The single door to randomness: every draw of cheapgrad goes through this file.
 
-Three facts of PyTorch shape it:
+Four facts of PyTorch shape it:
 
 * Inside a compiled region a draw that no forward output depends on may be drawn again in the backward graph, which
   silently turns the gradient into noise around zero. There, draws go through a custom operator that takes a real
@@ -10,21 +10,82 @@ Three facts of PyTorch shape it:
   queries, keys and values, are merged as a common subexpression: every draw of a graph carries a number of its own.
 * Only torch's default generator is restored by activation checkpointing and saved with checkpoints, so layers use no
   other one. Function-style callers may pass ``generator=``.
+* A reentrant checkpoint runs a layer twice from the same random state, first without gradients; which tensors the layer
+  will keep, and so how much it will draw, shows the second time only. Inside `own_stream` a layer's draws come from a
+  generator of its own, seeded by one number of the default one: both runs leave the default generator alike, and the
+  dropout behind the layer keeps its mask.
 * Trainers seed all ranks alike. With equal seeds every rank would draw the same sketch and averaging over ranks would
   not reduce its variance, so the rank is folded into the drawn bits (a bijection: the distribution stays uniform).
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from cheapgrad.sketch.transforms import is_inside_transform, is_plain
 
 _BITS = 32
 _MASK = (1 << _BITS) - 1
+
+
+# The generator of the layer that is running, or None.
+_stream: contextvars.ContextVar[torch.Generator | None] = contextvars.ContextVar("stream", default=None)
+
+
+@contextlib.contextmanager
+def own_stream(like: Tensor) -> Iterator[None]:
+    """Let the draws inside come from a generator of their own, seeded by one number of the default generator.
+
+    Under tracers and transforms, which have no numbers to seed with, the default generator stays in use.
+
+    Args:
+        like: a real activation; fixes the device.
+    """
+    if not _has_numbers(like):
+        yield
+        return
+    generator = torch.Generator(like.device)
+    generator.manual_seed(_draw_seed())
+    token = _stream.set(generator)
+    try:
+        yield
+    finally:
+        _stream.reset(token)
+
+
+def skip_stream(like: Tensor) -> None:
+    """Take from the default generator what `own_stream` takes, and draw nothing."""
+    if _has_numbers(like):
+        _draw_seed()
+
+
+def _has_numbers(like: Tensor) -> bool:
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or like.is_meta
+        or is_inside_transform()
+        or is_in_torch_dispatch_mode()
+    )
+
+
+def _draw_seed() -> int:
+    return int(torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64))
+
+
+def _stream_for(device: torch.device) -> torch.Generator | None:
+    if torch.compiler.is_compiling():
+        return None
+    generator = _stream.get()
+    return generator if generator is not None and generator.device.type == device.type else None
 
 
 def _salt() -> int | None:
@@ -51,6 +112,7 @@ def _draw_uniform(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
     salt = _salt()
+    generator = generator if generator is not None else _stream_for(device)
     if salt is None:
         return torch.rand(shape, dtype=dtype, device=device, generator=generator)
     # All ranks take this path, rank 0 too, so that generators seeded alike stay in step.
@@ -141,6 +203,20 @@ def uniform(
     if torch.compiler.is_compiling() and generator is None:
         return torch.ops.cheapgrad.uniform(like, list(shape), double, _number_of_draw())
     return _draw_uniform(shape, torch.float64 if double else torch.float32, like.device, generator)
+
+
+def permutation(like: Tensor, shape: Sequence[int], *, generator: torch.Generator | None = None) -> Tensor:
+    """Draw independent random orders of ``0, ..., n - 1``, all orders alike, as int64.
+
+    Args:
+        like: as for `uniform`.
+        shape: ``[..., n]``.
+        generator: as for `uniform`.
+    """
+    if len(shape) == 1 and _salt() is None and is_plain(like):
+        # Without a sort: a sixth of the time.
+        return torch.randperm(shape[0], generator=generator if generator is not None else _stream_for(like.device))
+    return uniform(like, shape, generator=generator).argsort(dim=-1)
 
 
 def signs(like: Tensor, shape: Sequence[int], *, generator: torch.Generator | None = None) -> Tensor:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from cheapgrad.errors import check_count
+from cheapgrad.sketch.transforms import is_plain
 
 # Stands in for a NaN or infinite score, relative to the largest finite one: such atoms must be kept, never hidden.
 _NON_FINITE_SCORE = 1e30
+# Below it, the inverse of a sum of scores may be infinite, and they are scaled first.
+_SMALLEST_TOTAL = 1e-290
 
 
 def prepare_scores(scores: Tensor) -> Tensor:
@@ -58,6 +64,8 @@ def water_filling(scores: Tensor, count: int) -> Tensor:
         adaptive sampling (arXiv:2402.17227). Ours keeps the sum exact when scores vanish.
     """
     check_count("count", count)
+    if is_plain(scores) and scores.dim() == 1:
+        return torch.from_numpy(_fill_array(scores.double().numpy(), count))
     scores = prepare_scores(scores)
     if count >= scores.shape[-1]:
         return torch.ones_like(scores)
@@ -68,6 +76,27 @@ def water_filling(scores: Tensor, count: int) -> Tensor:
     # The share first: the inverse of a denormal tail would be infinite.
     proportional = scores / torch.where(tail > 0, tail, 1.0) * (count - certain)
     return torch.where(tail > 0, proportional, equal_share).clamp(max=1.0)
+
+
+def _fill_array(scores: np.ndarray, count: int) -> np.ndarray:
+    """Do the same for one line of scores in float64, in few calls: a layer waits for each."""
+    total = float(np.add.reduce(scores))
+    if _SMALLEST_TOTAL < total < math.inf and count * float(np.maximum.reduce(scores)) <= total:
+        # No atom is certain, and there is nothing to sort.
+        return scores * (count / total)
+    scores = prepare_scores(torch.from_numpy(scores)).numpy()
+    if count >= scores.size:
+        return np.ones_like(scores)
+    ascending = np.sort(scores)
+    tail_sums = ascending.cumsum()
+    remaining = np.arange(count + 1 - scores.size, count + 1)
+    certain = np.count_nonzero(remaining * ascending > tail_sums)
+    tail = tail_sums[-1 - certain]
+    if tail > 0:
+        with np.errstate(over="ignore"):
+            return np.minimum(scores / tail * (count - certain), 1.0)
+    equal_share = (count - certain) / max(np.count_nonzero(scores == 0), 1)
+    return np.where(scores > 0, 1.0, min(equal_share, 1.0))
 
 
 def minimum_variance(scores: Tensor, count: int) -> Tensor:

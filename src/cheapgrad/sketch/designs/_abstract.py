@@ -78,7 +78,7 @@ class AbstractFixedSizeDesign(AbstractDesign):
         probabilities = water_filling(scores, count)
         randomness = self.draw_randomness(probabilities, generator)
         index = self.select(probabilities, randomness, min(count, size))
-        return Selection(index, 1.0 / probabilities.gather(-1, index), size)
+        return Selection(index, probabilities.gather(-1, index).reciprocal(), size)
 
     def variance(
         self, squared_norms: Tensor, scores: Tensor, count: int, squared_norm_of_sum: SquaredNormOfSum

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cheapgrad.errors import PlacementError
 from cheapgrad.sketch import random
 from cheapgrad.sketch.designs._abstract import AbstractFixedSizeDesign, SquaredNormOfSum
+from cheapgrad.sketch.transforms import is_plain
 from cheapgrad.sketch.water_filling import water_filling
 
 _LARGEST_ENUMERATED = 8
@@ -51,17 +53,18 @@ class Systematic(AbstractFixedSizeDesign):
             raise PlacementError(f"permute must be True or False, but got {self.permute!r}")
 
     def draw_randomness(self, probabilities: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        """Return the starting point ``[..., 1]``, after the sort keys ``[..., n]`` of a permutation if there is one."""
+        """Return the starting point ``[..., 1]``, after the order of the atoms ``[..., n]`` if they are shuffled."""
+        start = random.uniform(probabilities, (*probabilities.shape[:-1], 1), generator=generator)
         if not self.permute:
-            return (random.uniform(probabilities, (*probabilities.shape[:-1], 1), generator=generator),)
-        shape = (*probabilities.shape[:-1], probabilities.shape[-1] + 1)
-        numbers = random.uniform(probabilities, shape, generator=generator)
-        return numbers[..., :-1], numbers[..., -1:]
+            return (start,)
+        return random.permutation(probabilities, probabilities.shape, generator=generator), start
 
     def select(self, probabilities: Tensor, randomness: tuple[Tensor, ...], count: int) -> Tensor:
-        """Return the chosen indices for given sort keys and starting point."""
-        *keys, start = randomness
-        order = keys[0].argsort(dim=-1) if keys else None
+        """Return the chosen indices for a given order and starting point."""
+        order, start = randomness if self.permute else (None, *randomness)
+        if probabilities.dim() == 1 and is_plain(probabilities) and is_plain(start):
+            order = None if order is None else order.numpy()
+            return torch.from_numpy(_select_array(probabilities.numpy(), order, float(start), count))
         ends = (probabilities if order is None else probabilities.gather(-1, order)).cumsum(-1)
         ends = ends * (count / ends[..., -1:])
         points = start + torch.arange(count, device=start.device, dtype=start.dtype)
@@ -98,6 +101,14 @@ class Systematic(AbstractFixedSizeDesign):
         joint.index_add_(0, pairs, overlap.flatten())
         joint = (joint / orders.shape[0]).view(size, size)
         return joint.diagonal_scatter(probabilities)
+
+
+def _select_array(probabilities: np.ndarray, order: np.ndarray | None, start: float, count: int) -> np.ndarray:
+    """Do the same for one line of atoms, and return the indices in order: memory is then read in order."""
+    ends = (probabilities if order is None else probabilities[order]).cumsum()
+    ends *= count / ends[-1]
+    position = np.minimum(ends.searchsorted(np.arange(count) + start, side="right"), ends.size - 1)
+    return position if order is None else np.sort(order[position])
 
 
 def _starting_points(probabilities: Tensor) -> tuple[Tensor, Tensor]:

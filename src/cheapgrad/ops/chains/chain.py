@@ -1,0 +1,370 @@
+"""The chain: a backward pass over several row-wise stages at once, on one draw of rows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cheapgrad.ops._guards import differentiate_once, refuse_forward_mode
+from cheapgrad.ops.chains.norm_stage import LayerNormStage
+from cheapgrad.ops.chains.rebuilding import Source, current_scope
+from cheapgrad.ops.chains.stage import AbstractOpenedStage, AbstractStage, KeptRows
+from cheapgrad.ops.chains.watching import Watch, is_asked_for, is_observed
+from cheapgrad.sketch import AbstractStrategy, Moment, Operands
+from cheapgrad.sketch._row_sampling import AbstractRowSampling
+from cheapgrad.sketch.selection import Selection
+
+# Where a node of the autograd graph carries the chain of the tensor it made. Not on the tensor, which may be pickled.
+_KEY = "cheapgrad_chain"
+
+
+@dataclass(frozen=True)
+class Link:
+    """One stage of a chain with its tensors.
+
+    Attributes:
+        stage: the operation.
+        parameters: its parameters.
+        record: what backward needs of its input.
+        encoded: the same with a smaller record, to be used as soon as nobody can ask for the chain's output again.
+    """
+
+    stage: AbstractStage
+    parameters: tuple[Tensor | None, ...]
+    record: tuple[Tensor, ...]
+    encoded: Link | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """How a tensor was computed, row by row, from `root`; found on the tensor's autograd node.
+
+    Attributes:
+        root: the input of the first stage.
+        links: the stages, in forward order.
+        cotangent: the strategy that draws rows, or None as long as no stage asked for one.
+        version: the tensor's version counter; another one means that the tensor was overwritten.
+        passed: the tensors between root and output.
+        is_linked: whether the output's own autograd nodes hold no more than the chain does, so that they may be kept.
+    """
+
+    root: Tensor
+    links: tuple[Link, ...]
+    cotangent: AbstractStrategy | None
+    version: int
+    passed: tuple[Watch, ...] = ()
+    is_linked: bool = True
+
+
+class _Holder:
+    """A chain that its own backward pass lets go of, so that no tensor outlives the graph."""
+
+    def __init__(self, chain: Chain, output: Tensor) -> None:
+        self.chain: Chain | None = chain
+        self.watch = Watch(output)
+
+    def release(self, *_: Any) -> None:
+        """Let the chain go."""
+        self.chain = None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The static half of a chain: how the flat list of tensors is to be read."""
+
+    stages: tuple[AbstractStage, ...]
+    parameter_counts: tuple[int, ...]
+    record_counts: tuple[int, ...]
+    cotangent: AbstractStrategy | None
+    examples: int
+    passed: tuple[Watch, ...]
+
+    def split_parameters(self, flat: tuple[Tensor | None, ...]) -> list[tuple[Tensor | None, ...]]:
+        """Return the parameters of each stage."""
+        return _split(flat, self.parameter_counts)
+
+    @property
+    def draws(self) -> bool:
+        """Whether rows are drawn: sampled rows save products only."""
+        return self.cotangent is not None and any(stage.multiplies for stage in self.stages)
+
+
+def _split(flat: tuple[Any, ...], counts: tuple[int, ...]) -> list[tuple[Any, ...]]:
+    parts, start = [], 0
+    for count in counts:
+        parts.append(tuple(flat[start : start + count]))
+        start += count
+    return parts
+
+
+class _ChainFunction(torch.autograd.Function):
+    """Forward runs the last stage; backward runs all of them on the kept rows."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, root: Tensor, layout: _Layout, *tensors: Tensor | None) -> Tensor:
+        parameters = layout.split_parameters(tensors[: sum(layout.parameter_counts)])[-1]
+        return layout.stages[-1].forward(x, parameters)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, root, layout, *tensors = inputs
+        ctx.layout = layout
+        ctx.input_shapes = x.shape, root.shape
+        ctx.input_dtypes = x.dtype, root.dtype
+        ctx.save_for_backward(*tensors)
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        layout, needs = ctx.layout, ctx.needs_input_grad
+        if grad is None:
+            # A chain that passed over this node's output did its work.
+            _release(ctx)
+            return (None,) * len(needs)
+        saved, stages = ctx.saved_tensors, len(layout.stages)
+        _release(ctx)
+        # Either through all stages to the root, or through the last one to its input.
+        first = stages - 1 if _stops_at_input(ctx) else 0
+        with torch.no_grad():
+            grad_input, gradients = _pull_back(layout, saved, grad, needs, first)
+            if grad_input is not None:
+                shape, dtype = (inputs[0 if first else 1] for inputs in (ctx.input_shapes, ctx.input_dtypes))
+                grad_input = grad_input.to(dtype).view(shape)
+        causes = [tensor for tensor in saved if tensor is not None]
+        outputs = [differentiate_once(value, "row-wise chain", grad, *causes) for value in (grad_input, *gradients)]
+        of_inputs = (outputs[0], None) if first else (None, outputs[0])
+        return (*of_inputs, None, *outputs[1:], *([None] * sum(layout.record_counts)))
+
+
+def _release(ctx: Any) -> None:
+    holder = ctx.metadata.get(_KEY)
+    if holder is not None:
+        holder.release()
+
+
+def _stops_at_input(ctx: Any) -> bool:
+    """Tell whether somebody wants to see the gradient of a tensor that the chain would pass over."""
+    passed = ctx.layout.passed
+    if not passed:
+        return False
+    if ctx.needs_input_grad[0]:
+        return is_asked_for(passed, ctx)
+    for watch in passed:
+        watch.refuse_if_observed()
+    return False
+
+
+class _EagerChainFunction(_ChainFunction):
+    """The same, refusing forward mode by name; compiled graphs take no Function that defines a jvp."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> None:
+        refuse_forward_mode("row-wise chain")
+
+
+def _pull_back(
+    layout: _Layout, saved: tuple[Tensor | None, ...], grad: Tensor, needs: tuple[bool, ...], first: int
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return the gradient of the input of stage `first`, ``[N, I]``, and those of the parameters from there on."""
+    count = sum(layout.parameter_counts)
+    parameters = layout.split_parameters(saved[:count])
+    wanted = _split(tuple(needs[3 : 3 + count]), layout.parameter_counts)
+    records = _split(saved[count:], layout.record_counts)
+    grad_NO = grad.reshape(-1, grad.shape[-1])
+    selection = _draw(layout, grad_NO)
+    rows = KeptRows(None if selection is None else selection.index_K, grad_NO.shape[0])
+    cotangent = grad_NO if selection is None else selection.apply(grad_NO, 0)
+    opened = _open_stages(layout, records, parameters, rows)
+    gradients: list[tuple[Tensor | None, ...]] = []
+    for position in reversed(range(first, len(opened))):
+        wants_input = needs[0 if first else 1] or any(any(flags) for flags in wanted[first:position])
+        cotangent, of_stage = opened[position].pull_back(cotangent, (wants_input, *wanted[position]))
+        gradients.insert(0, of_stage)
+        if position == first or not wants_input or cotangent is None:
+            gradients = [(None,) * layout.parameter_counts[before] for before in range(position)] + gradients
+            break
+    if selection is not None and cotangent is not None:
+        cotangent = selection.lift(cotangent, 0)
+    flat = [gradient for of_stage in gradients for gradient in of_stage]
+    return (cotangent if needs[0 if first else 1] else None), flat
+
+
+def _draw(layout: _Layout, grad_NO: Tensor) -> Selection | None:
+    strategy = layout.cotangent
+    if not layout.draws or not isinstance(strategy, AbstractRowSampling):
+        return None
+    return strategy.select(Operands(Moment.COTANGENT, None, grad_NO, examples=layout.examples), grad_NO.shape[0])
+
+
+def _open_stages(
+    layout: _Layout, records: list[tuple[Any, ...]], parameters: list[tuple[Any, ...]], rows: KeptRows
+) -> list[AbstractOpenedStage]:
+    opened: list[AbstractOpenedStage] = []
+    for position, stage in enumerate(layout.stages):
+        rebuild = opened[-1].output if position and layout.stages[position - 1].rebuilds_output else None
+        opened.append(stage.open(records[position], parameters[position], rows, rebuild))
+    return opened
+
+
+def _holder_of(node: Any) -> _Holder | None:
+    return None if node is None else node.metadata.get(_KEY)
+
+
+def chain_of(x: Tensor) -> Chain | None:
+    """Return the chain that `x` is the output of, or None; an overwritten or observed tensor has none.
+
+    Compiled graphs have no chains: while they are traced nobody can tell whether a tensor was overwritten.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    holder = _holder_of(x.grad_fn)
+    if holder is None or holder.chain is None or holder.chain.version != x._version or is_observed(x):
+        return None
+    return holder.chain
+
+
+def chain_of_node(node: Any) -> Chain | None:
+    """Return the chain of the tensor that an autograd node made, or None."""
+    holder = _holder_of(node)
+    if holder is None or holder.chain is None or holder.watch.is_observed:
+        return None
+    return dataclasses.replace(holder.chain, passed=(*holder.chain.passed, holder.watch))
+
+
+def settle(chain: Chain) -> Chain:
+    """Return the chain with its smaller records: nobody will ask for its output again."""
+    links = tuple(link.encoded or link for link in chain.links)
+    return dataclasses.replace(chain, links=links)
+
+
+def let_rebuild(output: Tensor) -> None:
+    """Let other operations that save `output` keep what its chain starts from instead."""
+    scope, chain = current_scope(), chain_of(output)
+    if scope is None or chain is None or any(link.stage.stored is not None for link in chain.links[:-1]):
+        return
+    links, context = chain.links, _autocast_of(output)
+
+    def compute(root: Tensor) -> Tensor:
+        value = root
+        with context():
+            for link in links:
+                value = link.stage.forward(value, link.parameters)
+        return value
+
+    parameters = tuple(tensor for link in links for tensor in link.parameters if tensor is not None)
+
+    def note_kept() -> None:
+        for link in links:
+            if isinstance(link.stage, LayerNormStage) and link.stage.use is not None:
+                link.stage.use.is_kept = True
+
+    scope.register(output, Source(chain.root, parameters, compute, note_kept))
+
+
+def _autocast_of(tensor: Tensor) -> Callable[[], Any]:
+    """Return a maker of contexts with the autocast that is on now."""
+    device = tensor.device.type
+    if device == "meta":
+        return contextlib.nullcontext
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype, enabled=enabled)
+
+
+def attach_chain(
+    output: Tensor,
+    root: Tensor,
+    stage: AbstractStage,
+    parameters: tuple[Tensor | None, ...],
+    cotangent: AbstractStrategy | None,
+) -> None:
+    """Say on a tensor that PyTorch computed that it is one stage away from `root`."""
+    if not torch.compiler.is_compiling():
+        held = output if stage.keeps_output else root
+        link = Link(stage, parameters, stage.record(held.detach(), parameters, is_rebuilt=False))
+        _attach(output, Chain(root, (link,), cotangent, output._version))
+
+
+def _attach(output: Tensor, chain: Chain) -> None:
+    node: Any = output.grad_fn
+    if node is None:
+        return
+    holder = _Holder(chain, output)
+    node.metadata[_KEY] = holder
+    # Our own nodes release the chain themselves.
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        node.register_prehook(holder.release)
+
+
+def run_stage(
+    x: Tensor,
+    stage: AbstractStage,
+    parameters: tuple[Tensor | None, ...],
+    cotangent: AbstractStrategy | None,
+    chain: Chain | None,
+) -> Tensor:
+    """Return ``stage(x)``, whose backward pass goes through the whole chain that `x` is the output of.
+
+    Args:
+        x: input, shape ``[..., I]``.
+        stage: the operation.
+        parameters: its parameters.
+        cotangent: strategy that draws rows of the chain's output, or None to leave it to the other stages.
+        chain: the chain of `x`, or None to start one.
+
+    Returns:
+        Shape ``[..., O]``, bit-identical to PyTorch's.
+    """
+    if chain is not None and chain.links[-1].stage.multiplies:
+        chain = settle(chain)
+    links = chain.links if chain is not None else ()
+    root = chain.root if chain is not None else x
+    if cotangent is None and chain is not None:
+        cotangent = chain.cotangent
+    passed = (*chain.passed, Watch(x)) if chain is not None else ()
+    is_linked = chain is not None and chain.is_linked and all(link.encoded is None for link in chain.links)
+    value = x.detach()
+    with torch.no_grad():
+        record = stage.record(value, parameters, bool(links) and _rebuilds_for(links[-1], stage))
+    links = (*links, Link(stage, parameters, record))
+    layout = _Layout(
+        stages=tuple(link.stage for link in links),
+        parameter_counts=tuple(len(link.parameters) for link in links),
+        record_counts=tuple(len(link.record) for link in links),
+        cotangent=cotangent,
+        examples=x.shape[0] if x.dim() > 1 else 1,
+        passed=passed,
+    )
+    tensors = [tensor for link in links for tensor in link.parameters]
+    tensors += [tensor for link in links for tensor in link.record]
+    function = _ChainFunction if torch.compiler.is_compiling() else _EagerChainFunction
+    output = function.apply(x if is_linked else value, root, layout, *tensors)
+    if not torch.compiler.is_compiling():
+        _attach(output, Chain(root, _with_exact_root(links, root), cotangent, output._version, passed))
+    return output
+
+
+def _rebuilds_for(before: Link, stage: AbstractStage) -> bool:
+    """Tell whether a stage can do with what the one before rebuilds; decoded rows serve only what is linear in them."""
+    is_exact = before.stage.stored is None and before.encoded is None
+    return before.stage.rebuilds_output and (is_exact or stage.multiplies)
+
+
+def _with_exact_root(links: tuple[Link, ...], root: Tensor) -> tuple[Link, ...]:
+    """Return the links with the root itself as the record of an only stage that can compute its output again.
+
+    Whoever keeps the output of the next linear layer may need it; otherwise the codes take its place.
+    """
+    first, *others = links
+    if others or first.stage.stored is None or not isinstance(first.stage, LayerNormStage):
+        return links
+    stage = dataclasses.replace(first.stage, stored=None)
+    return (Link(stage, first.parameters, (root.detach(),), encoded=first),)

@@ -1,0 +1,70 @@
+"""Activations called as functions between converted layers, recognised in the autograd graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cheapgrad.ops.activations import Activation
+from cheapgrad.ops.chains.activation_stage import ActivationStage
+from cheapgrad.ops.chains.chain import Chain, Link, chain_of_node, settle
+from cheapgrad.ops.chains.watching import is_observed
+from cheapgrad.sketch import AbstractStrategy
+
+# Name of the autograd node -> the activation it stands for.
+_NODES: dict[str, Callable[[Any], Activation]] = {
+    "GeluBackward0": lambda node: Activation("gelu", (("approximate", node._saved_approximate),)),
+    "SiluBackward0": lambda node: Activation("silu"),
+    "MishBackward0": lambda node: Activation("mish"),
+    "HardswishBackward0": lambda node: Activation("hardswish"),
+    "HardsigmoidBackward0": lambda node: Activation("hardsigmoid"),
+    "TanhBackward0": lambda node: Activation("tanh"),
+    "SigmoidBackward0": lambda node: Activation("sigmoid"),
+    "ReluBackward0": lambda node: Activation("relu"),
+    "SoftplusBackward0": lambda node: Activation(
+        "softplus", (("beta", float(node._saved_beta)), ("threshold", float(node._saved_threshold)))
+    ),
+    "LeakyReluBackward0": lambda node: Activation(
+        "leaky_relu", (("negative_slope", float(node._saved_negative_slope)),)
+    ),
+    "HardtanhBackward0": lambda node: Activation(
+        "hardtanh", (("min_val", float(node._saved_min_val)), ("max_val", float(node._saved_max_val)))
+    ),
+}
+
+
+def recognise_chain(x: Tensor, stored: AbstractStrategy | None) -> Chain | None:
+    """Return the chain of ``x = activation(h)`` where h is the output of a chain, or None.
+
+    Args:
+        x: the output of the activation.
+        stored: codec for the activation's derivative, or None to keep what autograd keeps.
+
+    Works in eager mode only: compiled graphs and torch.func transforms show no autograd graph. A tensor that was
+    overwritten, or whose gradient somebody asked to see, is not passed over.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    node: Any = x.grad_fn
+    describe = _NODES.get(node.name()) if node is not None else None
+    if node is None or describe is None or is_observed(x):
+        return None
+    chain = chain_of_node(node.next_functions[0][0])
+    if chain is None:
+        return None
+    # Of an activation whose derivative is a function of the output, the output is kept.
+    try:
+        held = node._saved_self if hasattr(node, "_saved_self") else node._saved_result
+    except RuntimeError:
+        # Freed by a backward pass, or overwritten: autograd will say so if it matters.
+        return None
+    stage = ActivationStage(describe(node), stored, keeps_output=not hasattr(node, "_saved_self"))
+    with torch.no_grad():
+        link = Link(stage, (), stage.record(held.detach(), (), is_rebuilt=False))
+    # The activation's own node holds the tensor that codes are to replace.
+    is_linked = chain.is_linked and stored is None
+    return dataclasses.replace(chain, links=(*settle(chain).links, link), version=x._version, is_linked=is_linked)

@@ -1,0 +1,41 @@
+"""What an operation before a layer holds of its own output, so that nobody has to hold it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Nodes of the autograd graph whose output is, in memory, their input.
+_VIEWS = frozenset(
+    {
+        "ViewBackward0",
+        "UnsafeViewBackward0",
+        "ReshapeAliasBackward0",
+        "TransposeBackward0",
+        "PermuteBackward0",
+        "FlattenBackward0",
+        "SqueezeBackward1",
+    }
+)
+_LONGEST_PATH = 4
+
+
+def is_held_by_attention(x: Tensor) -> bool:
+    """Tell whether `x` is the output of an attention that keeps it for its own backward pass, or a view of it."""
+    if torch.compiler.is_compiling():
+        return False
+    node: Any = x.grad_fn
+    for _ in range(_LONGEST_PATH):
+        if node is None or node.name() not in _VIEWS:
+            break
+        node = node.next_functions[0][0]
+    if node is None or not node.name().startswith("ScaledDotProduct") or not hasattr(node, "_saved_output"):
+        return False
+    try:
+        held = node._saved_output
+    except RuntimeError:
+        # Freed by a backward pass.
+        return False
+    return held.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()

@@ -12,13 +12,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.bias import measure_bias, measure_debiased_steps
+from benchmarks.codec import measure_codecs
+from benchmarks.curvature import measure_curvature
 from benchmarks.environment import describe_environment
+from benchmarks.laplace import measure_laplace
 from benchmarks.layer import measure_layers
+from benchmarks.memory import keep_freed_memory
 from benchmarks.noise import measure_noise
+from benchmarks.scan import measure_scans
 from benchmarks.step import measure_steps
 from benchmarks.worth import judge_worth
 
-_NAMES = ("layer", "step", "noise", "worth")
+_NAMES = ("layer", "step", "noise", "worth", "laplace", "bias", "debiased_steps", "scan", "curvature", "codec")
 
 
 def main() -> None:
@@ -34,12 +40,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="zip of an image folder for noise (default: the bundled digits)")
     parser.add_argument("--epochs", type=int, help="epochs of exact training before noise (default: 1; digits: 15)")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per timing (default: 15)")
+    parser.add_argument(
+        "--return-memory",
+        action="store_true",
+        help="leave the C library's allocator as it is (default: freed memory stays with the process)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="JSON lines are appended here")
     arguments = parser.parse_args()
     names = _NAMES if "all" in arguments.names else arguments.names
     torch.manual_seed(arguments.seed)
-    environment = describe_environment(arguments.seed)
+    keeps_memory = not arguments.return_memory and keep_freed_memory()
+    environment = describe_environment(arguments.seed) | {"keeps_freed_memory": keeps_memory}
     everything: list[dict[str, Any]] = []
     with arguments.out.open("a", encoding="utf-8") as file:
         for name in names:
@@ -59,6 +71,18 @@ def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]
         return measure_steps(rounds=arguments.rounds)
     if name == "worth":
         return judge_worth(earlier)
+    if name == "curvature":
+        return measure_curvature(rounds=arguments.rounds)
+    if name == "laplace":
+        return measure_laplace(seeds=8)
+    if name == "bias":
+        return measure_bias(splits=300)
+    if name == "codec":
+        return measure_codecs(rounds=arguments.rounds)
+    if name == "scan":
+        return measure_scans(rounds=arguments.rounds)
+    if name == "debiased_steps":
+        return measure_debiased_steps(splits=40)
     epochs = arguments.epochs or (1 if arguments.data else 15)
     return measure_noise(data=arguments.data, epochs=epochs, batches=16, draws=2)
 

@@ -55,6 +55,14 @@ class SecondDerivativeError(CheapgradError, RuntimeError):
     """A second derivative was taken through a sketched backward pass, where it would be biased."""
 
 
+class OverwrittenError(CheapgradError, RuntimeError):
+    """A tensor that backward needs was overwritten after the forward pass."""
+
+
+class PassedOverError(CheapgradError, RuntimeError):
+    """The gradient of an intermediate tensor was asked for after a row-wise chain had passed over it."""
+
+
 class ForwardModeError(CheapgradError, NotImplementedError):
     """Forward-mode differentiation was asked of a sketched operation, which only sketches reverse mode."""
 
@@ -67,16 +75,104 @@ class ForwardResultError(CheapgradError, TypeError):
     """A forward pass returned nothing that keeps its graph alive, so what it holds cannot be counted."""
 
 
+class ForwardError(CheapgradError, RuntimeError):
+    """A forward pass or a loss raised while it was measured; the message names the module, the cause is the error."""
+
+
+class BackwardError(CheapgradError, RuntimeError):
+    """A backward pass raised while it was measured; the cause is the original."""
+
+
+class InputsError(CheapgradError, TypeError):
+    """The inputs do not fit the signature of the model's forward."""
+
+
+class MetaTensorError(CheapgradError, ValueError):
+    """A tensor without data was given where a pass has to run on data."""
+
+
+class FakeModelError(CheapgradError, RuntimeError):
+    """A model cannot be copied without its data."""
+
+
+class FormulaError(CheapgradError, ValueError):
+    """A FLOP formula cannot be registered, or returned no number of FLOPs."""
+
+
+class FactoryError(CheapgradError, ImportError):
+    """What should make a model and its inputs cannot be imported, raised, or returned something else."""
+
+
 class GradientDrawError(CheapgradError, ValueError):
     """The gradients drawn for an audit do not fit the exact gradient, or are not finite."""
+
+
+class OperatorError(CheapgradError, TypeError):
+    """Something given as a curvature matrix is none: no shape or ``@``, not square, not symmetric, not real."""
+
+
+class OperandError(CheapgradError, TypeError):
+    """What an operator should multiply is no tensor, or has another dtype or device."""
+
+
+class NonFiniteCurvatureError(CheapgradError, ArithmeticError):
+    """A curvature product has entries that are infinite or not a number."""
+
+
+class BatchError(CheapgradError, ValueError):
+    """Data for curvature are of no known form: empty, readable once only, or without a number of examples."""
+
+
+class LossError(CheapgradError, ValueError):
+    """A loss does not fit the curvature asked for: no scalar, no mean over examples, an unknown likelihood."""
+
+
+class StochasticModelError(CheapgradError, RuntimeError):
+    """A layer draws or depends on the other examples (dropout, batch norm in training), so curvature is not defined."""
+
+
+class StaleGraphError(CheapgradError, RuntimeError):
+    """Parameters changed after a graph of them was held."""
+
+
+class UnsupportedModelError(CheapgradError, NotImplementedError):
+    """PyTorch has no derivative that a curvature product of this model needs; the message says what to do."""
+
+
+class OverlapError(CheapgradError, ValueError):
+    """Two batches that should be independent share examples."""
+
+
+class SingularCurvatureError(CheapgradError, ArithmeticError):
+    """A quadratic has no minimum: its curvature vanishes or is negative along a direction that matters."""
 
 
 class OutputError(CheapgradError, OSError):
     """A result cannot be written where it was asked for."""
 
 
+class ConventionError(CheapgradError, ValueError):
+    """A derivative at a kink, or a rule for ties, that is not one."""
+
+
+class DirectionError(CheapgradError, ValueError):
+    """A point and a direction that do not fit, or a direction that decides nothing."""
+
+
+class UndecidedKinkError(CheapgradError, RuntimeError):
+    """A program stands exactly on a kink that no rule decides, so that its limiting gradient is not known."""
+
+
+class TrialError(CheapgradError, RuntimeError):
+    """Two runs of what should be one trial differ in more than the derivatives at kinks."""
+
+
 class MissingExtraError(CheapgradError, ImportError):
     """An optional dependency is missing; the message names the pip extra that brings it."""
+
+
+class NotConvergedWarning(UserWarning):
+    """An iteration ran out of products; what it found is returned with its residuals."""
 
 
 class NoEffectWarning(UserWarning):

@@ -23,7 +23,7 @@ def test_names_are_unique_and_every_context_has_a_runner():
 
 def test_every_kind_of_layer_is_in_every_context():
     built = {type(row.layer.build()) for row in ROWS}
-    missing = [kind.name for kind in KINDS if not any(kind.accepts(cls) for cls in built)]
+    missing = [kind.name for kind in KINDS if not kind.row_wise and not any(kind.accepts(cls) for cls in built)]
     assert not missing
     for context in CONTEXTS:
         covered = {row.layer.name for row in ROWS if context.covers(row)}

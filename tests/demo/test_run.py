@@ -102,16 +102,46 @@ def test_environment_and_seeds_are_recorded(finished):
     assert written["provenance"]["predicted_relative_variance"].startswith("modelled")
 
 
+def _stop_the_clock(monkeypatch, **seconds):
+    """Let steps take the given seconds, by budget, and those of exact methods one second for the usual batch."""
+
+    def time_steps(setup, methods, data, rounds, on_round):
+        exact = [(method.batch_size or setup.batch_size) / setup.batch_size for method in methods]
+        return [
+            seconds[f"budget_{method.budget}"] if method.kind == "strategy" else share
+            for method, share in zip(methods, exact, strict=True)
+        ]
+
+    monkeypatch.setattr("cheapgrad.demo.model_run.time_steps", time_steps)
+
+
+def _labels(model):
+    return [method.label for method in model.methods]
+
+
 @pytest.mark.slow
-def test_two_workers_find_what_one_finds(finished, tmp_path):
-    record = run_demo(tmp_path, settings(workers=2), Console(file=io.StringIO()))
-    (alone,), (shared,) = finished[1].models, record.models
-    for one, other in zip(alone.methods, shared.methods, strict=True):
-        if one.kind != "batch":
-            # Not the accuracies: other processes may round differently, and few steps of training amplify it.
-            assert (one.label, one.held_bytes) == (other.label, other.held_bytes)
-            assert len(one.accuracies) == len(other.accuracies)
-            assert (one.measured_relative_variance is None) == (other.measured_relative_variance is None)
+def test_two_workers_find_what_one_finds(tmp_path, monkeypatch):
+    _stop_the_clock(monkeypatch, budget_0=0.75, budget_1=1.25)
+    alone, shared = (
+        run_demo(tmp_path, settings(workers=workers), Console(file=io.StringIO())).models[0] for workers in (1, 2)
+    )
+    assert _labels(alone) == ["exact", "batch of 24", "batch of 40", "rows .5", "rows .25", "4 bits"]
+    # To the last bit, and for the batches too.
+    assert alone == shared
+
+
+def test_what_is_found_does_not_depend_on_the_clock(finished, tmp_path, monkeypatch):
+    # How long steps took decides how many batches of equal step time there are; a comparison row by row would compare
+    # different methods with each other.
+    _stop_the_clock(monkeypatch, budget_0=1.0, budget_1=1.0)
+    record = run_demo(tmp_path, settings(), Console(file=io.StringIO()))
+    ((timed,), (other,)) = finished[1].models, record.models
+    assert _labels(other) == ["exact", "rows .5", "rows .25", "4 bits"]
+    measured = {method.label: method for method in timed.methods}
+    for method in other.methods:
+        assert method.accuracies == measured[method.label].accuracies
+        assert method.measured_relative_variance == measured[method.label].measured_relative_variance
+        assert method.held_bytes == measured[method.label].held_bytes
 
 
 def test_error_in_a_worker_reaches_the_caller(tmp_path):

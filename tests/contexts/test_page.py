@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from cheapgrad import errors
-from cheapgrad.convert.layer_kinds import KINDS
+from cheapgrad.convert.kinds import KINDS
 from tests.contexts.runners import RUNNERS
 from tests.contexts.table import CONTEXTS, REFUSALS, ROWS
 from tests.contexts.write_table import PAGE, render

@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from cheapgrad.convert.handle import Handle
-from cheapgrad.convert.layer_kinds import LayerKind, kind_of
+from cheapgrad.convert.kinds import LayerKind, kind_of
 from cheapgrad.convert.layer_record import LayerRecord
 from cheapgrad.convert.obstacles import find_obstacle
 from cheapgrad.convert.rule import Rule
@@ -24,7 +24,6 @@ from cheapgrad.errors import (
     RuleError,
     nearest_match,
 )
-from cheapgrad.ops.chains.joining import is_row_wise
 from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import AbstractStrategy, Moment
 
@@ -160,11 +159,8 @@ def _decide(layer: _Layer, rules: tuple[Rule, ...], skip_small: bool) -> _Decisi
     for moment, strategy in ((Moment.STORED, rule.stored), (Moment.COTANGENT, rule.cotangent)):
         if strategy is None:
             continue
-        if kind.row_wise:
-            reason = _why_not_row_wise(module, strategy, moment)
-        else:
-            _check_budget(decision, kind, strategy, moment)
-            reason = _why_not(module, kind, strategy, moment, skip_small)
+        _check_budget(decision, kind, strategy, moment)
+        reason = _why_not(module, kind, strategy, moment, skip_small)
         if reason:
             remarks.append(reason)
         else:
@@ -191,22 +187,12 @@ def _is_row_wise(decision: _Decision) -> bool:
 
 
 def _check_budget(decision: _Decision, kind: LayerKind, strategy: AbstractStrategy, moment: Moment) -> None:
+    if kind.sizes is None:
+        return
     try:
         strategy.check_layer(*kind.sizes(decision.module), moment)
     except BudgetError as error:
         raise BudgetError(f"layer {decision.name or '(model)'!r}: {error}") from None
-
-
-def _why_not_row_wise(module: nn.Module, strategy: AbstractStrategy, moment: Moment) -> str:
-    """Return why a strategy is left out for a norm or an activation, or an empty string."""
-    name = type(module).__name__
-    if strategy.is_exact:
-        return f"{moment.value}: full budget, stock code runs"
-    alone = Plan(stored=strategy) if moment is Moment.STORED else Plan(cotangent=strategy)
-    if not is_row_wise(alone):
-        kinds = "stochastic rounding is stored" if moment is Moment.STORED else "rows drawn by the cotangent alone"
-        return f"{moment.value}: {type(strategy).__name__} has no meaning for {name}; it works row by row ({kinds})"
-    return ""
 
 
 def _why_unsupported(module: nn.Module) -> str:
@@ -220,21 +206,19 @@ def _why_unsupported(module: nn.Module) -> str:
 
 def _why_not(module: nn.Module, kind: LayerKind, strategy: AbstractStrategy, moment: Moment, skip_small: bool) -> str:
     """Return why a strategy is left out for a layer, or an empty string."""
-    # Not get_parameter: hooks such as pruning put a plain tensor in the place of the parameter.
-    weight: Tensor = module.weight  # type: ignore[assignment] - a tensor, pruned or not
     if strategy.is_exact:
         return f"{moment.value}: full budget, stock code runs"
-    if moment is Moment.STORED and not weight.requires_grad:
-        return "frozen: PyTorch keeps no input of a frozen layer"
-    if not skip_small:
-        return ""
+    reason = kind.why_not(module, strategy, moment)
+    if reason or not skip_small:
+        return reason
     if moment is Moment.COTANGENT and isinstance(strategy, kind.slow_cotangents):
         return (
             f"no time saved: {type(strategy).__name__} of the cotangent is no faster than a native {kind.name}; "
             "use ExampleSample or ColumnSample (skip_small=False converts it)"
         )
     least = kind.least_weights[moment]
-    if weight.numel() < least:
+    weight = getattr(module, "weight", None)
+    if least and weight is not None and weight.numel() < least:
         return f"too small to pay: {weight.numel()} weights, under {least} (skip_small=False converts it)"
     return ""
 

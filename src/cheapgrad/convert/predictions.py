@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cheapgrad.convert.layer_kinds import LayerKind, LayerUse
+from cheapgrad.convert.kinds import LayerKind, LayerUse
 from cheapgrad.convert.sketched_layer import Conversion, SketchedLayer
 from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import AbstractStrategy, ExampleSample, Moment, Operands, RowProjection, RowSample, Variance

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cheapgrad.convert.layer_kinds import LayerKind, LayerUse, kind_of
+from cheapgrad.convert.kinds import LayerKind, LayerUse, kind_of
 from cheapgrad.exactness import is_forced_exact
 from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import random

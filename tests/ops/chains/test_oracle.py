@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cheapgrad.convert.layer_kinds import ROW_WISE
+from cheapgrad.convert.kinds.row_wise import ROW_WISE
 from cheapgrad.ops.activations import activation_names
 from cheapgrad.sketch import RowSample, StochasticRounding
 from tests.ops.chains.networks import (

@@ -1,0 +1,23 @@
+"""The kinds of modules that can be converted: one file for each family."""
+
+from __future__ import annotations
+
+from cheapgrad.convert.kinds.convolution import CONVOLUTIONS
+from cheapgrad.convert.kinds.layer_kind import LayerKind, LayerUse
+from cheapgrad.convert.kinds.linear import LINEAR, TRANSPOSED_LINEAR
+from cheapgrad.convert.kinds.row_wise import ROW_WISE
+
+KINDS: tuple[LayerKind, ...] = (LINEAR, TRANSPOSED_LINEAR, *CONVOLUTIONS, *ROW_WISE)
+
+
+def kind_of(cls: type) -> LayerKind | None:
+    """Return the kind of a module class, or None if it cannot be converted.
+
+    >>> import torch
+    >>> kind_of(torch.nn.Linear).name
+    'Linear'
+    """
+    return next((kind for kind in KINDS if kind.accepts(cls)), None)
+
+
+__all__ = ["KINDS", "LayerKind", "LayerUse", "kind_of"]

@@ -1,11 +1,31 @@
-"""Cheaper derivatives for PyTorch: unbiased random estimates in the backward pass, with the truth about every one."""
+"""Cheaper derivatives for PyTorch: unbiased random estimates in the backward pass, with the truth about every one.
+
+Names are imported when they are first asked for, so that ``import cheapgrad`` costs next to nothing.
+"""
 
 from __future__ import annotations
 
-from cheapgrad import errors, sketch
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from cheapgrad._version import __version__
-from cheapgrad.convert import Handle, LayerRecord, Rule, approximate, get_handle
-from cheapgrad.cost import CostReport, scan
+
+if TYPE_CHECKING:
+    from cheapgrad import auditing, cost, curvature, errors, kinks, ops, sketch, testing
+    from cheapgrad.convert import Handle, LayerRecord, Rule, approximate, get_handle
+    from cheapgrad.cost import CostReport, scan
+
+_ROOMS = ("auditing", "cost", "curvature", "errors", "kinks", "ops", "sketch", "testing")
+# Public name -> the room it comes from.
+_NAMES = {
+    "CostReport": "cost",
+    "Handle": "convert",
+    "LayerRecord": "convert",
+    "Rule": "convert",
+    "approximate": "convert",
+    "get_handle": "convert",
+    "scan": "cost",
+}
 
 __all__ = [
     "CostReport",
@@ -14,8 +34,28 @@ __all__ = [
     "Rule",
     "__version__",
     "approximate",
+    "auditing",
+    "cost",
+    "curvature",
     "errors",
     "get_handle",
+    "kinks",
+    "ops",
     "scan",
     "sketch",
+    "testing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"cheapgrad.{name}")
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f"cheapgrad.{_NAMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'cheapgrad' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -89,7 +89,7 @@ def approximate(model: nn.Module, *rules: Rule, skip_small: bool = True) -> Hand
     >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
     >>> handle = cheapgrad.approximate(model, cheapgrad.Rule(cotangent=RowSample(keep=0.5)))
     >>> [(row.name, row.status) for row in handle.rows]
-    [('0', 'converted'), ('2', 'skipped')]
+    [('0', 'converted'), ('1', 'converted'), ('2', 'skipped')]
     >>> handle.revert()
     """
     if not isinstance(model, nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cheapgrad.convert.kinds import LayerKind, LayerUse, kind_of
 from cheapgrad.exactness import is_forced_exact
 from cheapgrad.ops.plan import Plan
-from cheapgrad.sketch import random
+from cheapgrad.sketch import Moment, random
 
 
 class Switch:
@@ -64,6 +64,11 @@ class Conversion:
     seen: tuple[Any, ...] = ()
     probe: Probe | None = field(default=None, compare=False)
 
+    def draws_forward(self, module: nn.Module) -> bool:
+        """Tell whether the forward pass of `module` draws: not for a weight that was frozen since."""
+        stored = self.plan.stored
+        return stored is not None and not self.kind.why_not(module, stored, Moment.STORED)
+
     def note_shape(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Remember the sizes of a forward, if they are new."""
         seen = (x.shape, output.shape, output.dtype)
@@ -99,10 +104,10 @@ class SketchedLayer(nn.Module):
             return conversion.original_class.forward(self, *args, **kwargs)
         if not torch.is_grad_enabled():
             # It may be the first half of a reentrant checkpoint, whose second half draws.
-            if conversion.plan.stored is not None:
+            if conversion.draws_forward(self):
                 random.skip_stream(x)
             return conversion.original_class.forward(self, *args, **kwargs)
-        with _stream_of(conversion.plan, x):
+        with random.own_stream(x) if conversion.draws_forward(self) else contextlib.nullcontext():
             output = conversion.kind.run(self, conversion.plan, *args, **kwargs)
         if not torch.compiler.is_compiling():
             conversion.note_shape(self, x, output)
@@ -122,11 +127,6 @@ class SketchedLayer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by the original class, since sketched classes are made on demand."""
         return _empty_sketched, (self._cheapgrad.original_class,), self.__getstate__()
-
-
-def _stream_of(plan: Plan, x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Return the context that a layer draws in: a stream of its own, if it draws in its forward pass."""
-    return contextlib.nullcontext() if plan.stored is None else random.own_stream(x)
 
 
 def _run_probed(module: SketchedLayer, conversion: Conversion, *args: Any, **kwargs: Any) -> Tensor:

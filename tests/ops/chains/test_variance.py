@@ -10,7 +10,7 @@ from cheapgrad import Rule, approximate
 from cheapgrad.ops.chains import joining
 from cheapgrad.sketch import RowSample
 
-WIDTH, TOKENS, DRAWS = 32, 8, 150
+WIDTH, TOKENS, DRAWS = 32, 8, 250
 
 
 class Block(nn.Module):

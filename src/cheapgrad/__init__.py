@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from cheapgrad._version import __version__
 
 if TYPE_CHECKING:
-    from cheapgrad import auditing, cost, curvature, errors, kinks, ops, sketch, testing
+    from cheapgrad import auditing, cost, curvature, errors, kinks, ops, recipes, sketch, testing
     from cheapgrad.convert import Handle, LayerRecord, Rule, approximate, get_handle
     from cheapgrad.cost import CostReport, scan
 
-_ROOMS = ("auditing", "cost", "curvature", "errors", "kinks", "ops", "sketch", "testing")
+_ROOMS = ("auditing", "cost", "curvature", "errors", "kinks", "ops", "recipes", "sketch", "testing")
 # Public name -> the room it comes from.
 _NAMES = {
     "CostReport": "cost",
@@ -41,6 +41,7 @@ __all__ = [
     "get_handle",
     "kinks",
     "ops",
+    "recipes",
     "scan",
     "sketch",
     "testing",

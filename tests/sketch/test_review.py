@@ -87,12 +87,10 @@ def test_too_few_draws_are_inconclusive_and_not_a_broken_law():
     assert "INCONCLUSIVE" in str(report)
 
 
-def test_rules_say_how_to_pass_a_list_and_a_module():
+def test_rules_say_how_to_pass_a_module():
     layer = nn.Linear(4, 4)
     with pytest.raises(RuleError, match=r"pattern is a module \(Linear\), not a description of one"):
         Rule(layer, stored=StochasticRounding(4))
-    with pytest.raises(RuleError, match=r"unpack it: approximate\(model, \*rules\)"):
-        approximate(layer, [Rule(stored=StochasticRounding(4))])
 
 
 def test_a_number_holds_no_graph():

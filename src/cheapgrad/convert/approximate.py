@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -61,7 +63,7 @@ class _Decision:
         return self.layer.module
 
 
-def approximate(model: nn.Module, *rules: Rule, skip_small: bool = True) -> Handle:
+def approximate(model: nn.Module, *rules: Rule | Iterable[Rule], skip_small: bool = True) -> Handle:
     """Make the backward pass of a model cheaper, in place.
 
     Matched layers get a class whose forward is the stock one, bit for bit, and whose backward multiplies unbiased
@@ -70,7 +72,8 @@ def approximate(model: nn.Module, *rules: Rule, skip_small: bool = True) -> Hand
 
     Args:
         model: any module; converted in place.
-        rules: at least one; for each module the last one that matches wins.
+        rules: at least one, or sequences of them such as `cheapgrad.recipes.memory` returns; for each module the last
+            one that matches wins.
         skip_small: leave layers alone whose draw would cost more than it saves, and list them.
 
     Returns:
@@ -94,11 +97,11 @@ def approximate(model: nn.Module, *rules: Rule, skip_small: bool = True) -> Hand
     """
     if not isinstance(model, nn.Module):
         raise ModelTypeError(f"model must be a torch.nn.Module, but got {model!r} of type {type(model).__name__}")
-    _check_rules(rules)
+    chosen = _list_rules(rules)
     target = unwrap(model)
-    decisions = [_decide(layer, rules, skip_small) for layer in _layers(target)]
+    decisions = [_decide(layer, chosen, skip_small) for layer in _layers(target)]
     _drop_rows_nobody_draws(decisions)
-    _check_matches(rules, decisions)
+    _check_matches(chosen, decisions)
     tied = _tied_names(target)
     switch = Switch()
     records = []
@@ -107,9 +110,9 @@ def approximate(model: nn.Module, *rules: Rule, skip_small: bool = True) -> Hand
             continue
         records.append(_record(decision, tied))
     _swap_all(decisions, switch)
-    if any(rule.recompute for rule in rules):
+    if any(rule.recompute for rule in chosen):
         open_scopes(target, switch)
-    for rule in _rules_without_effect(rules, decisions):
+    for rule in _rules_without_effect(chosen, decisions):
         warnings.warn(
             f"the rule for {rule.pattern!r} has no effect: later rules win on every layer it matches",
             NoEffectWarning,
@@ -121,15 +124,17 @@ def approximate(model: nn.Module, *rules: Rule, skip_small: bool = True) -> Hand
     return Handle(target, tuple(records), switch)
 
 
-def _check_rules(rules: tuple[Rule, ...]) -> None:
-    if not rules:
-        raise RuleError("no rule was given; pass e.g. cheapgrad.Rule(cotangent=RowSample(keep=0.5))")
+def _list_rules(rules: tuple[Any, ...]) -> tuple[Rule, ...]:
+    """Return rules and sequences of rules as one sequence."""
+    listed: list[Any] = []
     for rule in rules:
+        listed.extend(rule if isinstance(rule, (list, tuple)) else [rule])
+    if not listed:
+        raise RuleError("no rule was given; pass e.g. cheapgrad.Rule(cotangent=RowSample(keep=0.5))")
+    for rule in listed:
         if not isinstance(rule, Rule):
-            hint = "; unpack it: approximate(model, *rules)" if isinstance(rule, (list, tuple)) else ""
-            raise RuleError(
-                f"rules must be cheapgrad.Rule objects, but got {rule!r} of type {type(rule).__name__}{hint}"
-            )
+            raise RuleError(f"rules must be cheapgrad.Rule objects, but got {rule!r} of type {type(rule).__name__}")
+    return tuple(listed)
 
 
 def _layers(model: nn.Module) -> list[_Layer]:

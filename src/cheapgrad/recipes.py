@@ -1,0 +1,72 @@
+"""Rules for a whole model in one word: less memory, less time, or both.
+
+Every recipe is a tuple of rules, to be given to `cheapgrad.approximate` as it is, or with rules of your own behind it,
+which win where they match.
+"""
+
+from __future__ import annotations
+
+from cheapgrad.convert import Rule
+from cheapgrad.sketch import RowSample, StochasticRounding
+
+
+def memory(bits: int = 4) -> tuple[Rule, ...]:
+    """Return rules that hold fewer bytes for the backward pass.
+
+    Whatever a backward pass is linear in is kept in `bits` bits, norms in two independent codes, branches and masks in
+    one bit; what attention needs exactly (its queries, keys and values) is computed again from what is held anyway.
+
+    Args:
+        bits: 2, 4 or 8 for each number that is rounded.
+
+    Returns:
+        One rule for all modules.
+
+    Raises:
+        BudgetError: if `bits` is something else.
+
+    >>> memory(bits=4)
+    (Rule(pattern='*', stored=StochasticRounding(bits=4), cotangent=None, recompute=True),)
+    """
+    return (Rule("*", stored=StochasticRounding(bits), recompute=True),)
+
+
+def speed(keep: float = 0.5) -> tuple[Rule, ...]:
+    """Return rules that make the backward pass faster.
+
+    Rows of the cotangent (one for each token) are drawn with chances in proportion to their norms, once for each chain
+    of row-wise layers. Convolutions stay exact: there rows save no time, and whole examples add more variance than a
+    smaller batch would (``docs/strategies/convolutions.md``).
+
+    Args:
+        keep: the share of rows that is kept, in (0, 1].
+
+    Returns:
+        One rule for all modules.
+
+    Raises:
+        BudgetError: if `keep` is outside (0, 1].
+
+    >>> speed(keep=0.5)
+    (Rule(pattern='*', stored=None, cotangent=RowSample(keep=0.5), recompute=False),)
+    """
+    return (Rule("*", cotangent=RowSample(keep)),)
+
+
+def both(bits: int = 4, keep: float = 0.5) -> tuple[Rule, ...]:
+    """Return rules that hold as little as `memory` and drop as many rows as `speed`.
+
+    Args:
+        bits: as for `memory`.
+        keep: as for `speed`.
+
+    Returns:
+        One rule for all modules.
+
+    Raises:
+        BudgetError: if `bits` or `keep` is out of range.
+
+    >>> both(bits=4, keep=0.5)
+    (Rule(pattern='*', stored=StochasticRounding(bits=4), cotangent=RowSample(keep=0.5), recompute=True),)
+    """
+    return (Rule("*", stored=StochasticRounding(bits), cotangent=RowSample(keep), recompute=True),)

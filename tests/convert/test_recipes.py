@@ -47,6 +47,6 @@ def test_budgets_out_of_range_are_named(make):
 
 def test_what_is_no_rule_is_refused_also_inside_a_sequence():
     model = network()
-    with pytest.raises(RuleError, match="must be cheapgrad.Rule objects, but got 'speed' of type str"):
-        approximate(model, recipes.speed(), ["speed"])
+    with pytest.raises(RuleError, match=r"must be cheapgrad.Rule objects, but got 'speed' of type str"):
+        approximate(model, recipes.speed(), ["speed"])  # type: ignore[list-item] - the mistake
     assert type(model[1]) is nn.Linear

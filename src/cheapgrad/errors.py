@@ -127,6 +127,10 @@ class LossError(CheapgradError, ValueError):
     """A loss does not fit the curvature asked for: no scalar, no mean over examples, an unknown likelihood."""
 
 
+class TargetError(CheapgradError, ValueError):
+    """Targets of a loss are no classes: of another dtype, or out of range."""
+
+
 class StochasticModelError(CheapgradError, RuntimeError):
     """A layer draws or depends on the other examples (dropout, batch norm in training), so curvature is not defined."""
 
@@ -151,6 +155,10 @@ class OutputError(CheapgradError, OSError):
     """A result cannot be written where it was asked for."""
 
 
+class RecordError(CheapgradError, ValueError):
+    """A directory holds no record of a measurement, or one that is damaged; the message names the file."""
+
+
 class ConventionError(CheapgradError, ValueError):
     """A derivative at a kink, or a rule for ties, that is not one."""
 
@@ -165,6 +173,22 @@ class UndecidedKinkError(CheapgradError, RuntimeError):
 
 class TrialError(CheapgradError, RuntimeError):
     """Two runs of what should be one trial differ in more than the derivatives at kinks."""
+
+
+class TheoryError(CheapgradError, ValueError):
+    """A constant of a convergence model lies outside its range, or a target cannot be reached in it."""
+
+
+class UnreachableBudgetError(BudgetError):
+    """No plan keeps the budget, or two budgets contradict each other; the message names the nearest one in reach."""
+
+
+class NondeterministicLossError(CheapgradError, RuntimeError):
+    """The same batch gave two losses although torch's random state was the same, so nothing can be compared."""
+
+
+class BatchOrderError(CheapgradError, ValueError):
+    """The order of a batch's examples changes its loss, so that they are not independent examples."""
 
 
 class MissingExtraError(CheapgradError, ImportError):

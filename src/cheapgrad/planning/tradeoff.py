@@ -1,0 +1,136 @@
+"""Cheaper steps against more of them: when does a noisy gradient pay?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from cheapgrad.errors import TheoryError
+from cheapgrad.planning.local_quadratic import LocalQuadratic
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """What added noise does to the number of steps and to their total cost; see `tradeoff`. All figures are modelled.
+
+    Attributes:
+        cost: c, cost of a step as a fraction of an exact one.
+        noise: ω, added variance divided by that of the mini-batch gradient.
+        steps_ratio: steps (or epochs) to the target, divided by those of the exact gradient.
+        signal_dominated_steps_ratio: the same where the mini-batch is far less noisy than the target asks: 1.
+        noise_dominated_steps_ratio: the same where the mini-batch's noise decides: 1 + ω.
+        assumption: what `steps_ratio` rests on.
+    """
+
+    cost: float
+    noise: float
+    steps_ratio: float
+    signal_dominated_steps_ratio: float
+    noise_dominated_steps_ratio: float
+    assumption: str
+
+    @property
+    def cost_ratio(self) -> float:
+        """Total cost to the target, divided by that of the exact gradient: ``c × steps_ratio``."""
+        return self.cost * self.steps_ratio
+
+    @property
+    def signal_dominated_cost_ratio(self) -> float:
+        """The same where signal decides: c."""
+        return self.cost * self.signal_dominated_steps_ratio
+
+    @property
+    def noise_dominated_cost_ratio(self) -> float:
+        """The same where noise decides: ``c (1 + ω)``; a smaller batch has exactly 1."""
+        return self.cost * self.noise_dominated_steps_ratio
+
+    @property
+    def beats_smaller_batch(self) -> bool:
+        """Whether it costs less than a smaller batch of equal step cost where noise decides: ``c (1 + ω) < 1``."""
+        return self.noise_dominated_cost_ratio < 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures, the derived ones included, ready for JSON."""
+        derived = ("cost_ratio", "signal_dominated_cost_ratio", "noise_dominated_cost_ratio", "beats_smaller_batch")
+        return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in derived}}
+
+
+def tradeoff(
+    cost: float,
+    noise: float,
+    *,
+    noise_to_target: float = math.inf,
+    problem: LocalQuadratic | None = None,
+    target: float | None = None,
+) -> Tradeoff:
+    r"""Predict how many more steps a noisy gradient needs, and what they cost in total.
+
+    Where only ω is known, the answer is that of the bound for smooth losses
+    ``E‖∇f‖² ≤ x² + 2xσ``, ``x² = 2LΔ/T``: the steps T to ``E‖∇f‖² ≤ ε`` grow with σ² (1 + ω) as
+
+    ``T(ω) / T(0) = [(√(ν(1 + ω) + 1) + √(ν(1 + ω))) / (√(ν + 1) + √ν)]²``,  ``ν = σ²/ε``,
+
+    from 1 where the target is far above the mini-batch's noise (ν → 0, early in training) to 1 + ω where it is far
+    below (ν → ∞). Where the constants of the loss are known, ``problem`` and ``target`` give the ratio of the steps of
+    stochastic gradient descent, each with its own best constant step size.
+
+    Args:
+        cost: c, cost of a step as a fraction of an exact one, above 0.
+        noise: ω, added variance divided by that of the mini-batch gradient, at least 0.
+        noise_to_target: ν, variance of the mini-batch gradient divided by the squared gradient norm to be reached; by
+            default noise decides.
+        problem: the constants of a loss near its minimum; takes the place of the bound.
+        target: with `problem`, the expected excess loss to reach.
+
+    Returns:
+        Ratios of steps and of total cost, in both regimes and in the mix that was asked for.
+
+    Law:
+        Assumes: unbiased gradients with noise independent from step to step; plain gradient descent with a step size
+        tuned for each; noise whose shape over the directions is that of the mini-batch's. Adam, momentum, a step size
+        that is not tuned again, or noise that is clipped change the ratio. Of the bound, only the ratio is used. A
+        smaller batch of share q has c = q and 1 + ω = 1/q: where noise decides it neither wins nor loses.
+
+    Raises:
+        TheoryError: if a value is out of its range, or only one of `problem` and `target` is given.
+
+    >>> result = tradeoff(cost=0.75, noise=0.085)
+    >>> round(result.steps_ratio, 3), round(result.cost_ratio, 3), result.beats_smaller_batch
+    (1.085, 0.814, True)
+    >>> round(tradeoff(cost=0.75, noise=0.085, noise_to_target=0.01).steps_ratio, 3)
+    1.008
+
+    References:
+        S. Ghadimi, G. Lan, "Stochastic first- and zeroth-order methods for nonconvex stochastic programming", SIAM J.
+        Optim. 23 (2013), for the form of the bound. The comparison with a smaller batch at equal cost is ours.
+    """
+    for name, value, lowest in (("cost", cost, "above 0"), ("noise", noise, "at least 0")):
+        if not math.isfinite(value) or value < 0 or (value == 0 and name == "cost"):
+            raise TheoryError(f"{name} must be finite and {lowest}, but got {value!r}")
+    if math.isnan(noise_to_target) or noise_to_target < 0:
+        raise TheoryError(f"noise_to_target must be at least 0 (math.inf: noise decides), but got {noise_to_target!r}")
+    if (problem is None) != (target is None):
+        missing = "target" if target is None else "problem"
+        raise TheoryError(f"problem and target go together, but {missing} is missing")
+    if problem is not None and target is not None:
+        ratio, assumption = _ratio_of_problem(problem, target, noise)
+    else:
+        ratio, assumption = _ratio_of_bound(noise, noise_to_target)
+    return Tradeoff(float(cost), float(noise), ratio, 1.0, 1.0 + noise, assumption)
+
+
+def _ratio_of_bound(noise: float, noise_to_target: float) -> tuple[float, str]:
+    if math.isinf(noise_to_target):
+        return 1 + noise, "noise dominates: steps in proportion to the gradient's variance"
+    more = noise_to_target * (1 + noise)
+    root = (math.sqrt(more + 1) + math.sqrt(more)) / (math.sqrt(noise_to_target + 1) + math.sqrt(noise_to_target))
+    return root**2, f"the bound for smooth losses, variance / target = {noise_to_target:g}"
+
+
+def _ratio_of_problem(problem: LocalQuadratic, target: float, noise: float) -> tuple[float, str]:
+    exact, noisy = (problem.solve_steps(target, omega) for omega in (0.0, noise))
+    if not math.isfinite(noisy):
+        raise TheoryError(f"no step size reaches an excess of {target!r} on this problem; take a larger target")
+    return noisy / exact, f"gradient descent near a minimum, best constant step size each, to an excess of {target:g}"

@@ -107,6 +107,26 @@ class GradientDrawError(CheapgradError, ValueError):
     """The gradients drawn for an audit do not fit the exact gradient, or are not finite."""
 
 
+class ReferenceGradientError(CheapgradError, ValueError):
+    """What an audit should compare gradients with is itself random, or no gradient of the model."""
+
+
+class NondeterministicForwardError(CheapgradError, RuntimeError):
+    """A forward pass draws random numbers and no seed was given, or no seed governs them."""
+
+
+class BatchOrderError(CheapgradError, ValueError):
+    """The order of the examples in a batch changes the loss, so the batch cannot be cut into micro-batches."""
+
+
+class AccumulationError(CheapgradError, RuntimeError):
+    """A loop that should leave accumulated gradients left none, or changed the parameters."""
+
+
+class BiasedGradientError(CheapgradError, AssertionError):
+    """A gradient that should be unbiased is not, or was measured too coarsely to tell."""
+
+
 class OperatorError(CheapgradError, TypeError):
     """Something given as a curvature matrix is none: no shape or ``@``, not square, not symmetric, not real."""
 
@@ -124,7 +144,7 @@ class BatchError(CheapgradError, ValueError):
 
 
 class LossError(CheapgradError, ValueError):
-    """A loss does not fit the curvature asked for: no scalar, no mean over examples, an unknown likelihood."""
+    """A loss does not fit what is asked for: no scalar, no mean over examples, an unknown likelihood."""
 
 
 class TargetError(CheapgradError, ValueError):

@@ -19,16 +19,21 @@ class _Depth:
 
     def __init__(self) -> None:
         self.open_contexts = 0
+        self.open_in_step = 0
 
 
 DEPTH = _Depth()
 
 
 @contextlib.contextmanager
-def forced_exact() -> Iterator[None]:
+def forced_exact(*, in_step: bool = False) -> Iterator[None]:
     """Run the stock code of every converted layer of every model inside the context.
 
     Hold it open for the backward pass too: a checkpointed layer runs its forward again there.
+
+    Args:
+        in_step: take from the default generator the seeds that sketched layers would take, so that after the same
+            `torch.manual_seed` the dropout behind them has the same mask as in a step that is not exact.
 
     Example:
         >>> with forced_exact():
@@ -38,12 +43,19 @@ def forced_exact() -> Iterator[None]:
         False
     """
     DEPTH.open_contexts += 1
+    DEPTH.open_in_step += in_step
     try:
         yield
     finally:
         DEPTH.open_contexts -= 1
+        DEPTH.open_in_step -= in_step
 
 
 def is_forced_exact() -> bool:
     """Tell whether a `forced_exact` context is open."""
     return DEPTH.open_contexts > 0
+
+
+def is_in_step() -> bool:
+    """Tell whether exact layers should take the seeds that sketched ones would take."""
+    return DEPTH.open_in_step > 0

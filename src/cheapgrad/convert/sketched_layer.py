@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cheapgrad.convert.kinds import LayerKind, LayerUse, kind_of
-from cheapgrad.exactness import is_forced_exact
+from cheapgrad.exactness import is_forced_exact, is_in_step
 from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import Moment, random
 
@@ -97,6 +97,8 @@ class SketchedLayer(nn.Module):
         if conversion.probe is not None:
             return _run_probed(self, conversion, *args, **kwargs)
         if conversion.switch.is_exact or not self.training:
+            if self.training and is_in_step() and args and args[0].numel() and conversion.draws_forward(self):
+                random.skip_stream(args[0])
             return conversion.original_class.forward(self, *args, **kwargs)
         # Without an input the stock forward says what is missing.
         x = args[0] if args else None

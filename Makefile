@@ -22,7 +22,7 @@ SPELLED := src tests docs benchmarks README.md CONTRIBUTING.md CHANGELOG.md Make
 help:  ## list what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed-demo  ## train a small ViT and an MLP exactly and cheaply; writes demo.json and demo.png
+demo: $(VENV)/.installed-demo  ## train a small ViT and an MLP exactly and cheaply; writes demo.json, demo.png and report.html
 	$(BIN)/cheapgrad demo $(DEMO_ARGS)
 
 # One thread a worker: more workers than cores times threads would only wait for each other.

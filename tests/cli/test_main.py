@@ -68,6 +68,7 @@ def test_demo_prints_table_files_and_verdict(tiny, capsys, tmp_path):
     assert "c(1+ω)" in text
     assert str(tmp_path / "demo.json") in text
     assert str(tmp_path / "demo.png") in text
+    assert str(tmp_path / "report.html") in text
     assert "quick run" in text
     lines = text.rstrip().splitlines()
     assert sum(line.startswith("- ") for line in lines) == 6

@@ -13,7 +13,6 @@ import torch
 
 from cheapgrad.demo import Method, make_default_methods
 from cheapgrad.demo.data import load_data
-from cheapgrad.demo.environment import describe_environment
 from cheapgrad.demo.files import prepare_directory, write_whole
 from cheapgrad.demo.methods import EXACT, check_methods
 from cheapgrad.demo.models import DigitsMLP
@@ -22,6 +21,7 @@ from cheapgrad.demo.setups import Setup
 from cheapgrad.demo.timing import find_batch_size, make_batch_ladder, time_steps
 from cheapgrad.demo.training import measure_accuracy, train
 from cheapgrad.errors import BudgetError, MissingExtraError, OutputError
+from cheapgrad.reporting.environment import describe_environment
 from cheapgrad.sketch import LowRank, RowSample
 
 TINY = Setup("tiny", "64 - 16 - 16 - 10", partial(DigitsMLP, 16), 32, 4, 1e-2, 24)

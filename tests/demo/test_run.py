@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
 
 def test_files_are_left_and_nothing_else(finished):
     directory, record, _ = finished
-    assert sorted(path.name for path in directory.iterdir()) == ["demo.json", "demo.png"]
+    assert sorted(path.name for path in directory.iterdir()) == ["demo.json", "demo.png", "report.html"]
     assert DemoRecord.from_dict(json.loads((directory / "demo.json").read_text())).models == record.models
     assert Image.open(directory / "demo.png").width > 1000
 

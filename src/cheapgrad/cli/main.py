@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from cheapgrad._version import __version__
-from cheapgrad.cli import curvature_command, demo_command, scan_command
+from cheapgrad.cli import curvature_command, demo_command, report_command, scan_command
 from cheapgrad.errors import CheapgradError
 
 _INTERRUPTED = 130
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo_command.add_parser(commands)
     scan_command.add_parser(commands)
     curvature_command.add_parser(commands)
+    report_command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)

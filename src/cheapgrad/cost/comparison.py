@@ -52,8 +52,8 @@ class CostComparison:
         return self.after.flops / self.before.flops if self.before.flops else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as data that JSON can hold."""
-        return dataclasses.asdict(self)
+        """Return the comparison as data that JSON can hold, marked as what it is."""
+        return {"kind": "cheapgrad.comparison", "version": 1, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CostComparison:

@@ -136,8 +136,8 @@ class CostReport:
         raise UnknownNameError(f"the report has no row {name!r}{nearest_match(name, names)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as data that JSON can hold."""
-        return dataclasses.asdict(self)
+        """Return the report as data that JSON can hold, marked as what it is."""
+        return {"kind": "cheapgrad.scan", "version": 1, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CostReport:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from cheapgrad.cost import measure_held_bytes
+from torch.nn import functional
+
+from cheapgrad.cost import measure_held_bytes, scan
 from cheapgrad.demo.data import Digits
 from cheapgrad.demo.methods import EXACT, Method
 from cheapgrad.demo.noise import Noise
@@ -15,7 +17,7 @@ from cheapgrad.demo.tasks import measure_noise, train_and_test, train_half_way
 from cheapgrad.demo.timing import WARM_UP_ROUNDS, find_batch_size, make_batch_ladder, time_steps
 from cheapgrad.demo.training import compute_loss
 from cheapgrad.demo.workers import Workers
-from cheapgrad.reporting import MethodRecord, ModelRecord
+from cheapgrad.reporting import HeldRecord, MethodRecord, ModelRecord, TensorRecord
 
 AddBar = Callable[[str, int], Callable[[], None]]
 
@@ -80,7 +82,10 @@ class ModelRun:
         held_bytes = [self._measure_bytes(method) for method in gradients]
         accuracies = self._train(list(gradients))
         records = [
-            _make_record(method, self._batch_size(method), gradient, held, held / held_bytes[0], right)
+            replace(
+                _make_record(method, self._batch_size(method), gradient, held, held / held_bytes[0], right),
+                held=self._list_held(method),
+            )
             for (method, gradient), held, right in zip(gradients.items(), held_bytes, accuracies, strict=True)
         ]
         return ModelRecord(
@@ -158,6 +163,17 @@ class ModelRun:
         held = measure_held_bytes(lambda: compute_loss(model, pictures, classes), exclude=[model, pictures, classes])
         return held.total_bytes
 
+    def _list_held(self, method: Method) -> tuple[HeldRecord, ...]:
+        model = self._setup.build_seeded(0).train()
+        method.convert(model)
+        batch = slice(self._batch_size(method))
+        classes = self._data.train_classes[batch]
+        loss = partial(functional.cross_entropy, target=classes)
+        report = scan(model, self._data.train_pictures[batch], loss=loss)
+        return tuple(
+            HeldRecord(cost.module, cost.operation, cost.saved_bytes) for cost in report.operations if cost.saved_bytes
+        )
+
     def _train(self, methods: Sequence[Method]) -> list[tuple[float, ...]]:
         seeds = range(self._amounts.seeds)
         tasks = [partial(train_and_test, self._setup, method, seed) for method in methods for seed in seeds]
@@ -196,4 +212,20 @@ def _make_record(
         band=None if moments is None else moments.band,
         detectable_relative_bias=None if moments is None else moments.detectable_relative_bias,
         unbiased=moments is None or moments.unbiased,
+        tensors=_make_tensor_records(gradient.noise),
+    )
+
+
+def _make_tensor_records(noise: Noise) -> tuple[TensorRecord, ...]:
+    if noise.moments is None:
+        return ()
+    return tuple(
+        TensorRecord(
+            name=tensor.name,
+            relative_variance=tensor.relative_variance,
+            noise_fraction=fraction,
+            max_abs_z=tensor.max_abs_z,
+            detectable_relative_bias=tensor.detectable_relative_bias,
+        )
+        for tensor, fraction in zip(noise.moments.tensors, noise.tensor_fractions, strict=True)
     )

@@ -26,11 +26,14 @@ class Noise:
         predicted: relative variance by the laws, or None.
         fraction: added variance divided by that of the mini-batch gradient; for another batch size, by its law.
         moments: what was measured, or None for a batch as large as the usual one or larger, which adds no variance.
+        tensor_fractions: added variance of each parameter's gradient divided by that of the mini-batch gradient, None
+            where that is zero; empty without moments.
     """
 
     predicted: float | None
     fraction: float
     moments: GradientMoments | None
+    tensor_fractions: tuple[float | None, ...] = ()
 
 
 class NoiseMeter:
@@ -49,21 +52,22 @@ class NoiseMeter:
         self._pictures, self._classes = pictures, classes
         self.exact_gradient = _gradient(self._model, pictures, classes)
         self.squared_norm = float(sum(tensor.double().square().sum() for tensor in self.exact_gradient))
-        self.example_variance = self._measure_example_variance()
+        self.example_variances = self._measure_example_variances()
+        self.example_variance = math.fsum(self.example_variances)
 
-    def _measure_example_variance(self) -> float:
-        """Return ``Σ_b ‖g_b − g‖² / (B − 1)``, the variance of the gradient of a single example."""
-        total = 0.0
+    def _measure_example_variances(self) -> list[float]:
+        """Return ``Σ_b ‖g_b − g‖² / (B − 1)``, the variance of a single example's gradient, for each parameter."""
+        totals = torch.zeros(len(self.exact_gradient), dtype=torch.float64)
         for position in range(len(self._classes)):
             one = slice(position, position + 1)
             gradient = _gradient(self._model, self._pictures[one], self._classes[one])
-            total += float(
-                sum(
+            totals += torch.stack(
+                [
                     (single - mean).double().square().sum()
                     for single, mean in zip(gradient, self.exact_gradient, strict=True)
-                )
+                ]
             )
-        return total / (len(self._classes) - 1)
+        return (totals / (len(self._classes) - 1)).tolist()
 
     def measure(self, method: Method, draws: int) -> Noise:
         """Return predicted and measured noise of a method.
@@ -99,7 +103,15 @@ class NoiseMeter:
         )
         added_variance = moments.relative_variance * self.squared_norm
         fraction = added_variance / (self.example_variance / examples)
-        return Noise(predicted, fraction if method.kind == "strategy" else usual / batch_size - 1, moments)
+        return Noise(
+            predicted,
+            fraction if method.kind == "strategy" else usual / batch_size - 1,
+            moments,
+            tuple(
+                tensor.relative_variance * tensor.squared_norm / (variance / examples) if variance else None
+                for tensor, variance in zip(moments.tensors, self.example_variances, strict=True)
+            ),
+        )
 
     def _predict_batch(self, kept: int) -> float:
         """Return the law of sampling without replacement; zero for the whole batch."""

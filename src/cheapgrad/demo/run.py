@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from cheapgrad.demo.data import Digits, load_data
-from cheapgrad.demo.environment import describe_environment
 from cheapgrad.demo.files import prepare_directory, write_whole
 from cheapgrad.demo.methods import EXACT, Method, check_methods, make_default_methods
 from cheapgrad.demo.model_run import AddBar, Amounts, ModelRun
@@ -22,7 +21,8 @@ from cheapgrad.demo.setups import SETUPS, WIDE, Setup, make_quick
 from cheapgrad.demo.timing import WARM_UP_ROUNDS, time_steps
 from cheapgrad.demo.workers import open_workers
 from cheapgrad.errors import MissingExtraError, check_count
-from cheapgrad.reporting import DemoRecord, StepRecord, draw_scatter
+from cheapgrad.reporting import DemoRecord, RecordDirectory, RecordFile, StepRecord, draw_scatter, render_page
+from cheapgrad.reporting.environment import describe_environment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +44,7 @@ class DemoSettings:
         setups: the networks.
         wide: a network of which only a step is timed.
         workers: processes that train and draw, at least 1; times are measured while they rest.
+        command: what was typed, for those who want to do it again; None if nothing was.
     """
 
     seeds: int = 3
@@ -54,6 +55,7 @@ class DemoSettings:
     setups: tuple[Setup, ...] = SETUPS
     wide: Setup = WIDE
     workers: int = min(_MOST_WORKERS, os.cpu_count() or 1)
+    command: str | None = None
 
     def __post_init__(self) -> None:
         check_count("seeds", self.seeds)
@@ -63,7 +65,7 @@ class DemoSettings:
 
 
 def run_demo(directory: Path, settings: DemoSettings, console: Console) -> DemoRecord:
-    """Train the demo's networks by every method and leave ``demo.json`` and ``demo.png``.
+    """Train the demo's networks by every method and leave ``demo.json``, ``demo.png`` and ``report.html``.
 
     Args:
         directory: where the files go; made if need be.
@@ -99,12 +101,29 @@ def run_demo(directory: Path, settings: DemoSettings, console: Console) -> DemoR
         environment=environment,
         models=models,
         wide=wide,
+        command=settings.command,
     )
     text = json.dumps(record.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     picture = draw_scatter(record)
+    page = render_page(_describe_file(record), "cheapgrad demo")
     write_whole(directory / "demo.json", text.encode())
     write_whole(directory / "demo.png", picture)
+    write_whole(directory / "report.html", page.encode())
     return record
+
+
+def _describe_file(record: DemoRecord) -> RecordDirectory:
+    """Return the record as `read_directory` would find it."""
+    file = RecordFile(
+        name="demo.json",
+        kind="cheapgrad.demo",
+        label="demo",
+        record=record,
+        environment=record.environment,
+        seeds=record.seeds,
+        command=record.command,
+    )
+    return RecordDirectory((file,), ())
 
 
 def _time_wide(

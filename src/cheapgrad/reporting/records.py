@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 # Where every number of a record comes from; written beside them.
@@ -21,7 +21,44 @@ PROVENANCE = {
     "max_abs_z": "measured: largest z-score of the bias over entries and projections, at fixed weights and batch",
     "band": "computed: what chance explains, family-wise false alarm probability 1e-6",
     "detectable_relative_bias": "computed: error of scale that would have been found with probability 0.99",
+    "tensors": "measured: the same figures for each parameter of the model",
+    "held": "measured: bytes held for backward by module and operation; the batch itself counts, as it does not in "
+    "`held_bytes`",
 }
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Noise and bias of one parameter's gradient.
+
+    Attributes:
+        name: of the parameter.
+        relative_variance: ``E‖ĝ − g‖² / ‖g‖²``.
+        noise_fraction: added variance divided by that of the mini-batch gradient; None where that is zero.
+        max_abs_z: largest z-score of the bias.
+        detectable_relative_bias: error of scale that would have been found.
+    """
+
+    name: str
+    relative_variance: float
+    noise_fraction: float | None
+    max_abs_z: float
+    detectable_relative_bias: float
+
+
+@dataclass(frozen=True)
+class HeldRecord:
+    """What one operation of one module holds for backward.
+
+    Attributes:
+        module: qualified name.
+        operation: such as ``"aten::addmm"``.
+        held_bytes: bytes, every storage counted once.
+    """
+
+    module: str
+    operation: str
+    held_bytes: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +88,8 @@ class MethodRecord:
         detectable_relative_bias: error of scale that would have been found.
         unbiased: whether no z-score lies beyond the band.
         remark: what else the reader has to know.
+        tensors: noise and bias of every parameter; empty where nothing was drawn.
+        held: bytes held by module and operation.
     """
 
     label: str
@@ -74,6 +113,8 @@ class MethodRecord:
     detectable_relative_bias: float | None
     unbiased: bool
     remark: str = ""
+    tensors: tuple[TensorRecord, ...] = ()
+    held: tuple[HeldRecord, ...] = ()
 
     @property
     def accuracy_mean(self) -> float:
@@ -158,6 +199,7 @@ class DemoRecord:
         environment: versions and hardware.
         models: one record for each model.
         wide: step times in a wider network, the exact method's first.
+        command: that made it, or None if it was made by a program.
     """
 
     data: str
@@ -166,6 +208,7 @@ class DemoRecord:
     environment: dict[str, Any]
     models: tuple[ModelRecord, ...]
     wide: tuple[StepRecord, ...]
+    command: str | None = None
 
     @property
     def unbiased(self) -> bool:
@@ -175,24 +218,41 @@ class DemoRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for strict JSON: infinities become ``"inf"``, what is undefined becomes ``"nan"``."""
         models = [{**asdict(model), "methods": [method.to_dict() for method in model.methods]} for model in self.models]
-        return _plain({**asdict(self), "unbiased": self.unbiased, "models": models, "provenance": PROVENANCE})
+        return _plain(
+            {
+                "kind": "cheapgrad.demo",
+                "version": 1,
+                **asdict(self),
+                "unbiased": self.unbiased,
+                "models": models,
+                "provenance": PROVENANCE,
+            }
+        )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DemoRecord:
         """Return the record that `to_dict` was called on."""
         models = tuple(
-            _build(
-                ModelRecord, {**model, "methods": tuple(_build(MethodRecord, method) for method in model["methods"])}
-            )
+            _build(ModelRecord, {**model, "methods": tuple(map(_build_method, model["methods"]))})
             for model in data["models"]
         )
         wide = tuple(_build(StepRecord, step) for step in data["wide"])
         return _build(cls, {**data, "models": models, "wide": wide})
 
 
+def _build_method(data: dict[str, Any]) -> MethodRecord:
+    tensors = tuple(_build(TensorRecord, tensor) for tensor in data.get("tensors", ()))
+    held = tuple(_build(HeldRecord, entry) for entry in data.get("held", ()))
+    return _build(MethodRecord, {**data, "tensors": tensors, "held": held})
+
+
 def _build(record_type: Any, data: dict[str, Any]) -> Any:
-    """Build a record from the fields that it has, derived figures being left out."""
-    return record_type(**{field.name: _restore(data[field.name]) for field in fields(record_type)})
+    """Build a record from the fields that it has, derived figures being left out.
+
+    Fields that came later have defaults, so that older records can be read.
+    """
+    known = [field for field in fields(record_type) if field.name in data or field.default is MISSING]
+    return record_type(**{field.name: _restore(data[field.name]) for field in known})
 
 
 def _restore(value: Any) -> Any:

@@ -1,0 +1,137 @@
+"""From records to what the page shows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from cheapgrad.cost.comparison import CostComparison
+from cheapgrad.cost.report import CostReport, Figures
+from cheapgrad.reporting.page.views import (
+    FrontierGroup,
+    HeldColumn,
+    HeldGroup,
+    Noise,
+    NoiseColumn,
+    NoiseGroup,
+    Views,
+)
+from cheapgrad.reporting.record_files import RecordFile
+from cheapgrad.reporting.records import DemoRecord, ModelRecord
+from cheapgrad.reporting.verdict import write_verdict
+
+_BATCH_COUNTS = "The batch itself counts here."
+_WITHOUT_DATA = "counted without data"
+
+
+def collect_views(files: Sequence[RecordFile]) -> Views:
+    """Return what the sections show.
+
+    Args:
+        files: the records.
+    """
+    demos = [file for file in files if isinstance(file.record, DemoRecord)]
+    held, noise, frontiers, sentences = [], [], [], []
+    for file in demos:
+        for model in file.record.models:
+            if model.methods:
+                title = model.name if len(demos) == 1 else f"{model.name} ({file.label})"
+                held += _held_by_methods(model, title)
+                noise += _noise_of_methods(model, title)
+                frontiers.append(_frontier(file.record, model, title))
+        methods = [method for model in file.record.models for method in model.methods]
+        if all(model.methods for model in file.record.models) and all(method.accuracies for method in methods):
+            sentences += write_verdict(file.record)
+    held += _held_in_scans([file for file in files if isinstance(file.record, CostReport)])
+    for file in files:
+        if isinstance(file.record, CostComparison):
+            held.append(_held_in_comparison(file.record, file.label))
+    return Views(tuple(held), tuple(noise), tuple(frontiers), tuple(sentences))
+
+
+def _held_by_methods(model: ModelRecord, title: str) -> list[HeldGroup]:
+    columns = []
+    for style, method in enumerate(model.methods):
+        if method.held:
+            modules = _add_up((entry.module, entry.held_bytes) for entry in method.held)
+            operations = _add_up((entry.operation, entry.held_bytes) for entry in method.held)
+            columns.append(HeldColumn(method.label, modules, operations, sum(modules.values()), style))
+    return [HeldGroup(title, tuple(columns), _BATCH_COUNTS)] if columns else []
+
+
+def _noise_of_methods(model: ModelRecord, title: str) -> list[NoiseGroup]:
+    columns = tuple(
+        NoiseColumn(
+            label=method.label,
+            layers={
+                tensor.name: Noise(
+                    tensor.relative_variance, tensor.noise_fraction, tensor.max_abs_z, tensor.detectable_relative_bias
+                )
+                for tensor in method.tensors
+            },
+            total=Noise(
+                method.measured_relative_variance,
+                method.noise_fraction,
+                method.max_abs_z,
+                method.detectable_relative_bias,
+            ),
+            draws=method.draws,
+            band=method.band,
+            unbiased=method.unbiased,
+            style=style,
+        )
+        for style, method in enumerate(model.methods)
+        if method.kind != "exact" and method.draws
+    )
+    note = f"Drawn on a fixed batch of {model.audit_batch_size} examples, with the weights of half the exact training."
+    return [NoiseGroup(title, columns, note)] if columns else []
+
+
+def _frontier(record: DemoRecord, model: ModelRecord, title: str) -> FrontierGroup:
+    seeds = len(record.seeds)
+    note = (
+        f"{model.description}; {model.parameters:,} parameters, {model.training_steps} optimizer steps. {record.data}. "
+        f"Mean and standard deviation over {seeds} seed{'s' * (seeds != 1)}."
+    )
+    return FrontierGroup(title, model.methods, note)
+
+
+def _held_in_scans(files: Sequence[RecordFile]) -> list[HeldGroup]:
+    """Put scans of models with the same modules side by side, one labelled "exact" first, else the first by name."""
+    groups: dict[tuple[str, ...], list[RecordFile]] = defaultdict(list)
+    for file in files:
+        groups[tuple(row.name for row in file.record.rows if row.name != "(outside)")].append(file)
+    return [_held_in_group(group) for group in groups.values()]
+
+
+def _held_in_group(files: Iterable[RecordFile]) -> HeldGroup:
+    ordered = sorted(files, key=lambda file: "exact" not in file.label.lower())
+    columns = tuple(
+        HeldColumn(
+            label=f"{file.label} ({_WITHOUT_DATA})" if file.record.fake else file.label,
+            modules={row.name or "(model)": row.saved_bytes for row in file.record.rows},
+            operations=_add_up((cost.operation, cost.saved_bytes) for cost in file.record.operations),
+            total_bytes=file.record.total.saved_bytes,
+            style=style,
+        )
+        for style, file in enumerate(ordered)
+    )
+    remarks = [f"{file.label}: {remark}" for file in ordered for remark in file.record.remarks]
+    return HeldGroup(" and ".join(file.name for file in ordered), columns, " ".join([_BATCH_COUNTS, *remarks]))
+
+
+def _held_in_comparison(comparison: CostComparison, label: str) -> HeldGroup:
+    def column(name: str, figures: dict[str, Figures | None], total: Figures, style: int) -> HeldColumn:
+        modules = {module or "(model)": one.saved_bytes for module, one in figures.items() if one is not None}
+        return HeldColumn(name, modules, {}, total.saved_bytes, style)
+
+    before = column("before", {row.name: row.before for row in comparison.rows}, comparison.before, 0)
+    after = column("after", {row.name: row.after for row in comparison.rows}, comparison.after, 1)
+    return HeldGroup(label, (before, after), " ".join([_BATCH_COUNTS, *comparison.remarks]))
+
+
+def _add_up(entries: Iterable[tuple[str, float]]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for name, amount in entries:
+        sums[name or "(model)"] = sums.get(name or "(model)", 0) + amount
+    return sums

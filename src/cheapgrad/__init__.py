@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cheapgrad import auditing, cost, curvature, errors, kinks, ops, recipes, sketch, testing
     from cheapgrad.convert import Handle, LayerRecord, Rule, approximate, get_handle
     from cheapgrad.cost import CostReport, scan
+    from cheapgrad.ops.cross_entropy import linear_cross_entropy
 
 _ROOMS = ("auditing", "cost", "curvature", "errors", "kinks", "ops", "recipes", "sketch", "testing")
 # Public name -> the room it comes from.
@@ -24,6 +25,7 @@ _NAMES = {
     "Rule": "convert",
     "approximate": "convert",
     "get_handle": "convert",
+    "linear_cross_entropy": "ops.cross_entropy",
     "scan": "cost",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "errors",
     "get_handle",
     "kinks",
+    "linear_cross_entropy",
     "ops",
     "recipes",
     "scan",

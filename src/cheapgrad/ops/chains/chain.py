@@ -241,9 +241,13 @@ def chain_of_node(node: Any) -> Chain | None:
 
 
 def settle(chain: Chain) -> Chain:
-    """Return the chain with its smaller records: nobody will ask for its output again."""
+    """Return the chain with its smaller records: nobody will ask for its output again.
+
+    The nodes that made the output hold the larger ones, so they may not be kept.
+    """
     links = tuple(link.encoded or link for link in chain.links)
-    return dataclasses.replace(chain, links=links)
+    is_linked = chain.is_linked and all(link.encoded is None for link in chain.links)
+    return dataclasses.replace(chain, links=links, is_linked=is_linked)
 
 
 def let_rebuild(output: Tensor) -> None:

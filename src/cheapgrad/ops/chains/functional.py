@@ -37,6 +37,15 @@ _NODES: dict[str, Callable[[Any], Activation]] = {
 }
 
 
+def recognises(node: Any) -> bool:
+    """Tell whether an autograd node is an activation that joins a chain.
+
+    Args:
+        node: of the autograd graph.
+    """
+    return node.name() in _NODES
+
+
 def recognise_chain(x: Tensor, stored: AbstractStrategy | None) -> Chain | None:
     """Return the chain of ``x = activation(h)`` where h is the output of a chain, or None.
 

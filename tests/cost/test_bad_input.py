@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 import cheapgrad
-from cheapgrad.cost._autograd_state import has_saving_hooks
+from cheapgrad.cost._autograd_state import saving_hooks
 from cheapgrad.errors import (
     BackwardError,
     FakeModelError,
@@ -26,7 +26,7 @@ def is_clean(model):
     """Tell whether no hook and no mode was left behind."""
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     hooked_globally = module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
-    return not (hooked or hooked_globally or has_saving_hooks() or _get_current_dispatch_mode_stack())
+    return not (hooked or hooked_globally or saving_hooks() or _get_current_dispatch_mode_stack())
 
 
 class Outer(nn.Module):

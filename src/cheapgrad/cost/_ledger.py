@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,14 +15,23 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cheapgrad.cost._autograd_state import next_node_number, running_node
+from cheapgrad.cost._autograd_state import (
+    in_custom_function,
+    is_checkpoint_code,
+    is_checkpoint_hook,
+    is_selective,
+    next_node_number,
+    running_node,
+)
 from cheapgrad.cost._module_tracker import ModuleTracker, Path
 from cheapgrad.cost._operation_kinds import has_arithmetic, is_per_element
 from cheapgrad.cost._saved_tensors import (
     ParcelPost,
     StorageKey,
+    foreign_parcels,
     hidden_tensors,
     list_storages,
+    list_tensors,
     storage_key,
     walk_graph,
 )
@@ -29,12 +39,17 @@ from cheapgrad.cost.formulas import Formula, count_flops, find_formula, operatio
 
 Phase = Literal["forward", "backward", "recompute"]
 
+# Who holds what no operation of the output's graph saved: checkpoints, and graphs that do not lead to the output.
+CHECKPOINT = "(checkpoint)"
+ELSEWHERE = "(elsewhere)"
+
 
 class _Kind(NamedTuple):
-    """What is known of an operation."""
+    """What is known of an operation: its formula, or whether it is made of others that are counted in its place."""
 
     name: str
     formula: Formula | None
+    is_composite: bool
 
 
 class _Saver(NamedTuple):
@@ -42,7 +57,8 @@ class _Saver(NamedTuple):
 
     path: Path
     number: int
-    is_parameter: bool
+    is_parameter: bool = False
+    is_checkpoint: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,9 @@ class Ledger(TorchDispatchMode):
         # Names of the nodes of the graph, by their numbers.
         self._nodes: dict[int, str] = {}
         self._custom: set[int] = set()
+        # Whether hooks of the model's own kept something, and whether checkpoints were given contexts.
+        self.has_foreign_hooks = False
+        self.has_selective_checkpoints = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -99,12 +118,16 @@ class Ledger(TorchDispatchMode):
             # A tensor made of tensors: what it does with its parts comes here by itself.
             return NotImplemented
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         if types and not self._fake and FakeTensor in types:
             # Distributed tensors find out the shapes of their results that way.
-            return out
+            return func(*args, **kwargs)
         # By identity, because operations are slow to hash; they live as long as PyTorch's table of them.
         kind = self._kinds.get(id(func)) or self._classify(func)
+        if kind.is_composite:
+            # They come here whole only where autograd is out of the way, such as in inference mode.
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
         # Nodes are made where gradients are on, so that there the tracker has to know of every operation.
         if self.tracker.in_backward and torch.is_grad_enabled():
             self.tracker.note_recomputation()
@@ -113,8 +136,9 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _classify(self, func: Any) -> _Kind:
-        kind = _Kind(operation_name(func), find_formula(func))
-        if kind.formula is None:
+        formula = find_formula(func)
+        kind = _Kind(operation_name(func), formula, formula is None and _is_composite(func))
+        if formula is None and not kind.is_composite:
             if isinstance(func, HigherOrderOperator):
                 self.uncounted[kind.name] = False
             elif has_arithmetic(func):
@@ -128,8 +152,8 @@ class Ledger(TorchDispatchMode):
         if not tracker.in_backward:
             key_phase: Phase = "forward"
             path = tracker.path()
-            if not torch.is_grad_enabled():
-                # Perhaps inside a custom function, whose node is the last one made.
+            if not torch.is_grad_enabled() and in_custom_function():
+                # Its node is the last one made.
                 number = next_node_number() - 1
         elif tracker.is_recomputing():
             key_phase, path = "recompute", tracker.path()
@@ -144,8 +168,10 @@ class Ledger(TorchDispatchMode):
 
     def _describe_saver(self, tensor: Tensor) -> _Saver:
         base = tensor._base if tensor._is_view() else tensor
+        # Called by the hook, which is called by whoever saves.
+        is_checkpoint = is_checkpoint_code(sys._getframe(2))
         number = next_node_number() - 1
-        return _Saver(self.tracker.path(), number, isinstance(base, nn.Parameter))
+        return _Saver(self.tracker.path(), number, isinstance(base, nn.Parameter), is_checkpoint)
 
     def end_forward(self, result: object, owned: set[StorageKey]) -> tuple[list[tuple[Path, str, int]], list[Tensor]]:
         """Take stock of what is held, and get ready for backward.
@@ -164,20 +190,36 @@ class Ledger(TorchDispatchMode):
             if variable is not None:
                 leaves.append(variable)
                 continue
-            number = node._sequence_nr()
-            self._nodes[number] = node.name()
+            number, name = node._sequence_nr(), node.name()
+            self._nodes[number] = name
+            out_of_sight = self._list_foreign(node)
             if isinstance(node, torch.autograd.function.BackwardCFunction):
-                self._custom.add(number)
-                saver = _Saver(self.tracker.owner(node), number, False)
-                hidden += [(tensor, saver) for tensor in hidden_tensors(node)]
+                # What runs inside of a reentrant checkpoint has names of its own, in its backward pass as well.
+                if name != "CheckpointFunctionBackward":
+                    self._custom.add(number)
+                out_of_sight += hidden_tensors(node)
+            if out_of_sight:
+                saver = _Saver(self.tracker.owner(node), number)
+                hidden += [(tensor, saver) for tensor in out_of_sight]
         # Strong references until the count is over: a freed storage's address may be given out again.
         parcels = self.post.alive()
         held = [(parcel.tensor, parcel.origin) for parcel in parcels] + hidden
         savings = self._assign_storages(held, owned)
-        # Only a checkpoint saves tensors for no node of the graph.
-        orphans = {(saver.number + 1, saver.path) for _, saver in held if saver.number not in self._nodes}
-        self.tracker.start_backward(sorted(orphans))
+        self.tracker.start_backward(
+            sorted({(saver.number + 1, saver.path) for _, saver in held if saver.is_checkpoint})
+        )
         return savings, leaves
+
+    def _list_foreign(self, node: Any) -> list[Tensor]:
+        """Return the tensors that hooks of the model's own keep in the place of what a node saved."""
+        tensors: list[Tensor] = []
+        for unpack, kept in foreign_parcels(node):
+            if is_checkpoint_hook(unpack):
+                self.has_selective_checkpoints = self.has_selective_checkpoints or is_selective(unpack)
+            else:
+                self.has_foreign_hooks = True
+                tensors += list_tensors(kept)
+        return tensors
 
     def _assign_storages(
         self, held: Iterable[tuple[Tensor, _Saver]], owned: set[StorageKey]
@@ -195,8 +237,8 @@ class Ledger(TorchDispatchMode):
                 if key in seen or storage.nbytes() == 0:
                     continue
                 seen.add(key)
-                name = self._nodes.get(saver.number)
-                savings.append((saver.path, "(checkpoint)" if name is None else name, storage.nbytes()))
+                name = CHECKPOINT if saver.is_checkpoint else self._nodes.get(saver.number, ELSEWHERE)
+                savings.append((saver.path, name, storage.nbytes()))
         return savings
 
     def entries(self) -> list[Entry]:
@@ -226,6 +268,13 @@ class Ledger(TorchDispatchMode):
             return operations.get(_collapse(generated), bare)
 
         return label
+
+
+def _is_composite(operation: Any) -> bool:
+    """Tell an operation that PyTorch defines by others."""
+    if isinstance(operation, HigherOrderOperator) or operation is torch.ops.prim.device.default:
+        return False
+    return operation._can_decompose()
 
 
 @functools.cache

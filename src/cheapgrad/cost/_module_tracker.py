@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from cheapgrad.cost._autograd_state import has_saving_hooks, next_node_number, running_node, running_pass
+from cheapgrad.cost._autograd_state import next_node_number, running_node, running_pass, saving_hooks
 
 # The modules that are being called, outermost first, as their numbers in the order of `named_modules`.
 Path = tuple[int, ...]
@@ -72,6 +72,8 @@ class ModuleTracker:
         self._checkpoints: list[int] = []
         self._checkpoint_paths: list[Path] = []
         self._graph_task = -1
+        # The hooks for saved tensors that somebody has put around the whole scan.
+        self._hooks_outside: Any = None
 
     @contextmanager
     def attached(self, on_output: Callable[[int, Any], None]) -> Iterator[None]:
@@ -145,6 +147,7 @@ class ModuleTracker:
             checkpoints: number of the next node, and path, at the entry of every checkpoint.
         """
         self.in_backward = True
+        self._hooks_outside = saving_hooks()
         checkpoints = sorted(checkpoints)
         self._checkpoints = [number for number, _ in checkpoints]
         self._checkpoint_paths = [path for _, path in checkpoints]
@@ -189,7 +192,7 @@ class ModuleTracker:
         """Tell, during backward, whether a checkpoint runs its forward pass again."""
         self._note_pass()
         # A checkpoint that is not reentrant recomputes under hooks of its own; ours are gone by then.
-        return bool(self._thread().stack) or torch.is_grad_enabled() or has_saving_hooks()
+        return bool(self._thread().stack) or torch.is_grad_enabled() or saving_hooks() != self._hooks_outside
 
     def _note_pass(self) -> None:
         """Remember which backward pass is the outer one: the first that is seen."""

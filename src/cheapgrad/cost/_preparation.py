@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from cheapgrad.cost._saved_tensors import list_owned_tensors, list_tensors
@@ -82,7 +83,7 @@ def undisturbed(model: nn.Module, values: object) -> Iterator[Gradients]:
     gradients = Gradients()
     gradients.set_aside(owned)
     # Batch norms count the batches they see.
-    buffers = [(buffer, buffer.detach().clone()) for buffer in owned if not isinstance(buffer, nn.Parameter)]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in owned if _is_writable_buffer(buffer)]
     try:
         with (
             torch.inference_mode(False),
@@ -98,11 +99,33 @@ def undisturbed(model: nn.Module, values: object) -> Iterator[Gradients]:
                 buffer.copy_(value)
 
 
+def _is_writable_buffer(tensor: Tensor) -> bool:
+    """Tell a buffer that a forward pass may write to in place."""
+    if isinstance(tensor, nn.Parameter) or is_lazy(tensor):
+        return False
+    # Of expanded ones several entries are one, and PyTorch refuses to write to them.
+    return not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def has_compiled_parts(model: nn.Module) -> bool:
+    """Tell whether `torch.compile` was called on the model or on modules in it."""
+    return any(
+        module._compiled_call_impl is not None or type(module).__module__ == "torch._dynamo.eval_frame"
+        for module in model.modules()
+    )
+
+
 @contextlib.contextmanager
 def fake_copies(
     model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
     """Yield the model and its inputs without data, and run what is inside without computing anything."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise FakeModelError(
+                f"{name} has no shape before the model's first batch, and a copy without data cannot give it one; run "
+                "the model once, or scan it without fake=True"
+            )
     # Tensors that a module keeps outside of its parameters and buffers are faked when they meet a fake one.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     devices = [tensor.device for tensor in list_tensors((inputs, kwargs)) if tensor.device.type != "meta"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cheapgrad.cost._autograd_state import next_node_number
+from cheapgrad.cost._autograd_state import hooked_tensors, next_node_number
 
 StorageKey = tuple[torch.device, int]
 
@@ -65,6 +65,13 @@ class ParcelPost:
     def alive(self) -> list[Parcel]:
         """Return what is still needed, in the order in which it was saved."""
         return [parcel for sent in self._sent if (parcel := sent()) is not None]
+
+
+def foreign_parcels(node: Any) -> Iterator[tuple[Callable[[Any], Tensor], Any]]:
+    """Yield what the hooks of others keep in the place of the tensors that a node saved, with the hook that unpacks."""
+    for unpack, kept in hooked_tensors(node):
+        if unpack is not ParcelPost.unpack:
+            yield unpack, kept
 
 
 def storage_key(storage: torch.UntypedStorage) -> StorageKey:

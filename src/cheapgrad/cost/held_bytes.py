@@ -12,10 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from cheapgrad.cost._saved_tensors import (
     ParcelPost,
     StorageKey,
+    foreign_parcels,
     hidden_tensors,
     key_storages,
     list_owned_tensors,
     list_storages,
+    list_tensors,
     storage_key,
     walk_graph,
 )
@@ -31,7 +33,8 @@ class HeldStorage:
         shape: shape of the first tensor that was saved from it.
         dtype: dtype of that tensor, such as ``"float32"``.
         references: how many saved tensors live in this storage.
-        hidden: whether it is held only by an attribute of an autograd node, where saved-tensor hooks cannot see it.
+        hidden: whether it is held only where our saved-tensor hooks cannot see it: by an attribute of an autograd node,
+            or by hooks of the function's own.
     """
 
     storage_bytes: int
@@ -108,7 +111,10 @@ def measure_held_bytes(function: Callable[[], object], *, exclude: Iterable[nn.M
         )
     # Strong references to every tensor until the count is over: a freed storage's address may be given out again.
     visible = [parcel.tensor for parcel in post.alive()]
-    hidden = [tensor for node in walk_graph(result) for tensor in hidden_tensors(node)]
+    hidden: list[Tensor] = []
+    for node in walk_graph(result):
+        hidden += hidden_tensors(node)
+        hidden += [tensor for _, kept in foreign_parcels(node) for tensor in list_tensors(kept)]
     return _count(visible, hidden, key_storages(list_owned_tensors(exclude)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from cheapgrad.cost._ledger import Ledger
 from cheapgrad.cost._module_tracker import ModuleTracker
-from cheapgrad.cost._preparation import check_arguments, detach_inputs, fake_copies, undisturbed
+from cheapgrad.cost._preparation import (
+    check_arguments,
+    detach_inputs,
+    fake_copies,
+    has_compiled_parts,
+    undisturbed,
+)
 from cheapgrad.cost._saved_tensors import key_storages, list_owned_tensors, list_tensors
 from cheapgrad.cost._writing import OutputNotes, write_report
 from cheapgrad.cost.report import CostReport
@@ -22,6 +29,12 @@ _NO_GRADIENT = "nothing that the model or the loss returned requires a gradient:
 _NO_WORKSPACE = (
     "bytes held by LSTMs are without their workspace: only oneDNN knows its size, and only when it runs on real tensors"
 )
+_COMPILED = "compiled parts ran eagerly: what the compiler fuses, keeps or computes again is not in these figures"
+_FOREIGN_HOOKS = (
+    "some tensors were saved under hooks of the model's own, such as save_on_cpu: bytes held are those of what the "
+    "hooks keep in their place, on whichever device, as far as it is made of tensors"
+)
+_SELECTIVE = "what checkpoints with contexts of their own (selective ones) keep is not among the bytes held"
 
 
 def scan(
@@ -50,7 +63,9 @@ def scan(
         **kwargs: of its forward; a batch that is a dictionary goes in as ``scan(model, **batch)``.
 
     Returns:
-        The report. Gradients, buffers and torch's random state are as before; converted models draw as in training.
+        The report; its remarks say what its figures are without. Gradients, the values of buffers and torch's random
+        state are as before; what the forward pass assigns to the model's attributes, or initialises, stays. Converted
+        models draw as in training.
 
     Law:
         Exact: the figures of all rows add up to the total, and the total equals `torch.utils.flop_counter` wherever
@@ -61,6 +76,7 @@ def scan(
         ModelTypeError: `model` is not a module.
         InputsError: the inputs do not fit the signature of the model's forward.
         MetaTensorError: a parameter, buffer or input has no data, and `fake` is not set.
+        FakeModelError: `fake` is set, and the model cannot be copied, or waits for its first batch.
         ForwardError: the forward pass or the loss raised; the message names the module, the cause is the original.
         BackwardError: the backward pass raised.
         ForwardResultError: there is no tensor in what the model or the loss returned.
@@ -84,6 +100,11 @@ def scan(
         tracker = ModuleTracker(model)
         ledger, outputs = Ledger(tracker, fake=fake), OutputNotes(len(tracker.names))
         stack.enter_context(tracker.attached(outputs.add))
+        is_compiled = has_compiled_parts(model)
+        if is_compiled:
+            # Eagerly, a module and what was compiled of it are two modules, each with its row.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
         stack.enter_context(ledger)
         with saved_tensors_hooks(ledger.post.pack, ledger.post.unpack):
             output, targets = _run_forward(model, inputs, kwargs, loss, tracker)
@@ -91,10 +112,16 @@ def scan(
         savings, leaves = ledger.end_forward((output, targets), owned)
         gradients.set_aside(leaves)
         _run_backward(targets, tracker)
-    remarks = [] if targets else [_NO_GRADIENT]
-    if fake and ledger.has_run("aten::mkldnn_rnn_layer"):
-        remarks.append(_NO_WORKSPACE)
-    return write_report(ledger, outputs, savings, remarks=tuple(remarks), fake=fake)
+    remarks = {
+        _NO_GRADIENT: not targets,
+        _NO_WORKSPACE: fake and ledger.has_run("aten::mkldnn_rnn_layer"),
+        _COMPILED: is_compiled,
+        _FOREIGN_HOOKS: ledger.has_foreign_hooks,
+        _SELECTIVE: ledger.has_selective_checkpoints,
+    }
+    return write_report(
+        ledger, outputs, savings, remarks=tuple(text for text, applies in remarks.items() if applies), fake=fake
+    )
 
 
 def _run_forward(

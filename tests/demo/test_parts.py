@@ -13,7 +13,6 @@ import torch
 
 from cheapgrad.demo import Method, make_default_methods
 from cheapgrad.demo.data import load_data
-from cheapgrad.demo.files import prepare_directory, write_whole
 from cheapgrad.demo.methods import EXACT, check_methods
 from cheapgrad.demo.models import DigitsMLP
 from cheapgrad.demo.noise import NoiseMeter
@@ -21,6 +20,7 @@ from cheapgrad.demo.setups import Setup
 from cheapgrad.demo.timing import find_batch_size, make_batch_ladder, time_steps
 from cheapgrad.demo.training import measure_accuracy, train
 from cheapgrad.errors import BudgetError, MissingExtraError, OutputError
+from cheapgrad.files import prepare_directory, write_whole
 from cheapgrad.reporting.environment import describe_environment
 from cheapgrad.sketch import LowRank, RowSample
 

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     """Report the bias of what the factory returns."""
     # Imported here, so that `cheapgrad --version` and a mistyped option do not wait for it.
     from cheapgrad.curvature.bias_report import bias_report
-    from cheapgrad.demo.files import prepare_directory, write_whole
+    from cheapgrad.files import prepare_directory, write_whole
 
     prepare_directory(options.out)
     operator_a, operator_b = _make_operators(options.factory)

@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write the page; files that are no records are named on standard error."""
     # Imported here, so that `cheapgrad --version` and a mistyped option do not wait for it.
-    from cheapgrad.demo.files import prepare_directory, write_whole
+    from cheapgrad.files import prepare_directory, write_whole
     from cheapgrad.reporting import read_directory, render_page
 
     directory = read_directory(options.directory)

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from cheapgrad.demo.data import Digits, load_data
-from cheapgrad.demo.files import prepare_directory, write_whole
 from cheapgrad.demo.methods import EXACT, Method, check_methods, make_default_methods
 from cheapgrad.demo.model_run import AddBar, Amounts, ModelRun
 from cheapgrad.demo.setups import SETUPS, WIDE, Setup, make_quick
 from cheapgrad.demo.timing import WARM_UP_ROUNDS, time_steps
 from cheapgrad.demo.workers import open_workers
 from cheapgrad.errors import MissingExtraError, check_count
+from cheapgrad.files import prepare_directory, write_whole
 from cheapgrad.reporting import DemoRecord, RecordDirectory, RecordFile, StepRecord, draw_scatter, render_page
 from cheapgrad.reporting.environment import describe_environment
 

@@ -25,23 +25,27 @@ class DrawnErrors:
 
     Attributes:
         projections: shape ``[n, tests]``: of the errors, on every direction of every tensor, one tensor after another.
+        along: those on the exact gradient of each tensor, shape ``[n, T]``.
         squared_errors: ``‖ĝ − g‖²``, shape ``[n, T]``.
         squared_norms: ``‖ĝ‖²``, shape ``[n, T]``.
         squared_exact: ``‖g‖²`` of the exact gradient that the draw was compared with, shape ``[n, T]``.
         inner_products: ``⟨ĝ, g⟩``, shape ``[n, T]``.
         squared_mean_errors: squared norms of the mean errors, shape ``[T]``.
         squared_mean_exact: squared norms of the means of the exact gradients, shape ``[T]``.
+        squared_means: squared norms of the means of the gradients drawn, shape ``[T]``.
         varies: whether errors differ from draw to draw, shape ``[T]``.
         wrong: whether the first error is more than rounding, shape ``[T]``.
     """
 
     projections: Tensor
+    along: Tensor
     squared_errors: Tensor
     squared_norms: Tensor
     squared_exact: Tensor
     inner_products: Tensor
     squared_mean_errors: Tensor
     squared_mean_exact: Tensor
+    squared_means: Tensor
     varies: Tensor
     wrong: Tensor
 
@@ -112,7 +116,7 @@ class ErrorCollector:
             error = estimate - truth
             projections.append(self.directions[position].project(error))
             pairs = [(error, error), (estimate, estimate), (truth, truth), (estimate, truth)]
-            figures.append(torch.stack([_inner_product(left, right) for left, right in pairs]))
+            figures.append(torch.stack([inner_product(left, right) for left, right in pairs]))
             self._note_change(position, error)
             _add_up(self._sums, position, error)
             if exact is not None:
@@ -134,15 +138,22 @@ class ErrorCollector:
         """Return the figures of all draws so far."""
         squared_errors, squared_norms, squared_exact, inner_products = torch.stack(self._figures).unbind(-1)
         draws = len(self._figures)
-        squared_mean_exact = _squared_norms(self._exact_sums) / draws**2 if self._exact_sums else self.squared_norms
+        exact_means = [total / draws for total in self._exact_sums] if self._exact_sums else self.exact
+        mean_errors = [total / draws for total in self._sums]
+        means = [error + exact for error, exact in zip(mean_errors, exact_means, strict=True)]
+        projections = torch.stack(self._projections)
+        counts = [len(resolution) for resolution in self.resolutions]
+        heads = torch.tensor([0, *counts]).cumsum(0)[:-1]
         return DrawnErrors(
-            projections=torch.stack(self._projections),
+            projections=projections,
+            along=projections[:, heads],
             squared_errors=squared_errors,
             squared_norms=squared_norms,
             squared_exact=squared_exact,
             inner_products=inner_products,
-            squared_mean_errors=_squared_norms(self._sums) / draws**2,
-            squared_mean_exact=squared_mean_exact,
+            squared_mean_errors=_squared_norms(mean_errors),
+            squared_mean_exact=_squared_norms(exact_means),
+            squared_means=_squared_norms(means),
             varies=torch.tensor(self._varies),
             wrong=torch.tensor([self._is_wrong(position) for position in range(len(self.exact))]),
         )
@@ -182,9 +193,10 @@ def _add_up(sums: list[Tensor], position: int, tensor: Tensor) -> None:
         sums[position].add_(tensor)
 
 
-def _inner_product(left: Tensor, right: Tensor) -> Tensor:
+def inner_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the sum of the products of all entries, in double precision."""
     return torch.dot(left.flatten().double(), right.flatten().double())
 
 
-def _squared_norms(sums: Sequence[Tensor]) -> Tensor:
-    return torch.tensor([float(tensor.double().square().sum()) for tensor in sums], dtype=torch.double)
+def _squared_norms(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([float(inner_product(tensor, tensor)) for tensor in tensors], dtype=torch.double)

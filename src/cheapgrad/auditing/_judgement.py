@@ -65,7 +65,7 @@ def judge(errors: DrawnErrors, resolutions: list[Tensor], alpha: float, first: T
     """
     counts = [len(resolution) for resolution in resolutions]
     heads = torch.tensor([0, *counts]).cumsum(0)[:-1]
-    series = torch.cat([errors.projections[:, heads].sum(1, keepdim=True), errors.projections], dim=1)
+    series = torch.cat([errors.along.sum(1, keepdim=True), errors.projections], dim=1)
     flat = torch.cat(resolutions)
     # What is forgiven in every tensor may add up in the whole.
     resolution = torch.cat([flat[heads].sum().view(1), flat])

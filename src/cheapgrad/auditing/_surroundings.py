@@ -1,0 +1,113 @@
+"""How an audit leaves everything as it was, and how its random numbers are seeded."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from cheapgrad.convert.sketched_layer import SketchedLayer
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put back what a step changes: gradients, buffers, running estimates of layers, modes and random states.
+
+    Hooks that wait for complete gradients, such as those of optimizers that step during backward, do not run inside.
+    """
+    with contextlib.ExitStack() as stack:
+        for keep in (_keep_random_states, _keep_gradients, _keep_buffers, _keep_modules):
+            stack.callback(keep(model))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+def seed_all(seed: int) -> None:
+    """Seed every generator that a forward pass may use: PyTorch's on all devices, Python's and NumPy's."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % (1 << 32))
+
+
+def make_seed(*parts: object) -> int:
+    """Return a seed that is another for every other text of the parts."""
+    return random.Random("/".join(map(str, parts))).getrandbits(62)
+
+
+def _keep_random_states(model: nn.Module) -> Any:
+    state, python_state = torch.get_rng_state(), random.getstate()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+
+    def put_back() -> None:
+        torch.set_rng_state(state)
+        random.setstate(python_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+    return put_back
+
+
+def _keep_gradients(model: nn.Module) -> Any:
+    aside = []
+    for parameter in model.parameters():
+        hooks = parameter._post_accumulate_grad_hooks or {}
+        aside.append((parameter, parameter.grad, hooks, dict(hooks)))
+        parameter.grad = None
+        hooks.clear()
+
+    def put_back() -> None:
+        for parameter, gradient, hooks, held in aside:
+            parameter.grad = gradient
+            hooks.update(held)
+
+    return put_back
+
+
+def _keep_buffers(model: nn.Module) -> Any:
+    # By the dictionary that holds them: a forward pass may put new tensors in their places.
+    aside = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for holder, name, buffer, value in aside:
+                holder[name] = buffer
+                buffer.copy_(value)
+
+    return put_back
+
+
+def _keep_modules(model: nn.Module) -> Any:
+    modes = [(module, module.training) for module in model.modules()]
+    memories = [
+        (memory, copy.copy(vars(memory)))
+        for module in model.modules()
+        if isinstance(module, SketchedLayer)
+        for memory in (module._cheapgrad.plan.stored_memory, module._cheapgrad.plan.cotangent_memory)
+        if memory is not None
+    ]
+
+    def put_back() -> None:
+        for module, mode in modes:
+            module.training = mode
+        for memory, state in memories:
+            vars(memory).clear()
+            vars(memory).update(state)
+
+    return put_back

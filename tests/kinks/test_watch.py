@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
@@ -176,20 +177,59 @@ def test_watching_changes_neither_values_nor_gradients():
     assert all(torch.equal(one, other) for one, other in zip(plain, watched, strict=True))
 
 
-def test_compiled_model_is_seen_too():
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_model_is_seen_too(fullgraph):
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
     with watch(model) as counts:
         compiled(torch.randn(2, 3)).sum().backward()
     assert [(row.layer, row.operation, row.calls) for row in counts.report().rows] == [("1", "relu", 1)]
 
 
-def test_what_no_counter_knows_is_named():
-    model = nn.Sequential(_Call(lambda x: x.cummax(0).values), _Call(lambda x: torch.remainder(x, 2.0)))
+@pytest.mark.parametrize("name", CALLS)
+def test_inference_mode_hides_nothing(name):
+    function, values, places, kinks = CALLS[name]
+    model = _Call(function)
+    with torch.inference_mode(), watch(model) as counts:
+        model(torch.tensor(values))
+    rows = counts.report().rows
+    assert (sum(row.places for row in rows), sum(row.kinks for row in rows)) == (places, kinks)
+
+
+def _bag(mode):
+    return lambda x: functional.embedding_bag(torch.tensor([[0, 1]]), x[:, None], mode=mode)
+
+
+UNKNOWN = {
+    "cummax": lambda x: x.cummax(0),
+    "remainder": lambda x: torch.remainder(x, 2.0),
+    "dist": lambda x: torch.dist(x, x),
+    "hypot": lambda x: torch.hypot(x, x),
+    "_linalg_svd": lambda x: torch.linalg.matrix_norm(x.view(2, 2), "nuc"),
+    "std": torch.std,
+    "_foreach_abs": lambda x: torch._foreach_abs([x]),
+    "div": lambda x: torch.div(x, 2.0, rounding_mode="floor"),
+    "_embedding_bag_forward_only": _bag("max"),
+    "flex_attention": lambda x: flex_attention(*[x.view(1, 1, 4, 1)] * 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("operation", UNKNOWN)
+def test_what_no_counter_knows_is_named(operation):
+    model = nn.Sequential(nn.Identity(), _Call(UNKNOWN[operation]))
+    with watch(model) as counts, torch.no_grad():
+        model(torch.randn(4))
+    assert counts.report().not_counted == (f"1: {operation}",)
+    assert str(counts.report()).endswith(f"not counted: 1: {operation}")
+
+
+@pytest.mark.parametrize("smooth", [_bag("sum"), lambda x: torch.div(x, 2.0)])
+def test_smooth_calls_of_the_same_operations_are_not_named(smooth):
+    model = _Call(smooth)
     with watch(model) as counts:
         model(torch.randn(4))
-    assert counts.report().not_counted == ("0: cummax", "1: remainder")
-    assert str(counts.report()).endswith("not counted: 0: cummax, 1: remainder")
+    assert counts.report().not_counted == ()
 
 
 class _Picky(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 
 from cheapgrad.kinks._windows import PoolWindows, adaptive_windows, pool_windows
 from cheapgrad.kinks.max_pool import attains
@@ -30,24 +31,56 @@ class KinkMask(NamedTuple):
 Finder = Callable[..., KinkMask | None]
 
 # Nonsmooth operations without a finder below: they are named, never taken for smooth.
-NOT_COUNTED = frozenset({
+_NOT_COUNTED = frozenset({
     "aminmax",
+    "atan2",
+    "copysign",
     "cummax",
     "cummin",
+    "dist",
+    "floor_divide",
     "fmod",
+    "_foreach_abs",
+    "_foreach_clamp_max",
+    "_foreach_clamp_min",
+    "_foreach_maximum",
+    "_foreach_minimum",
+    "_foreach_norm",
     "fractional_max_pool2d",
     "fractional_max_pool3d",
+    "grid_sampler_2d",
+    "grid_sampler_3d",
+    "heaviside",
+    "hypot",
     "index_reduce",
+    "_linalg_svd",
     "mode",
     "multi_margin_loss",
     "multilabel_margin_loss_forward",
+    "nan_to_num",
     "nanmedian",
     "remainder",
+    "renorm",
     "scatter_reduce",
     "segment_reduce",
+    "std",
     "_cdist_forward",
     "_pdist_forward",
 })  # fmt: skip
+
+# The number by which an embedding bag takes the largest entries.
+_MAX_MODE = 2
+
+
+def is_not_counted(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Tell whether a call is known to be nonsmooth, or may be, and no finder below knows its kinks."""
+    if isinstance(operation, HigherOrderOperator):
+        # Such as attention with a score function: what functions they are given is not seen.
+        return True
+    name = plain_name(operation)
+    if name in {"_embedding_bag", "_embedding_bag_forward_only"}:
+        return (args[4] if len(args) > 4 else kwargs.get("mode")) == _MAX_MODE
+    return name in _NOT_COUNTED or (name == "div" and kwargs.get("rounding_mode") is not None)
 
 
 def find_kinks(operation: str, args: Sequence[Any], kwargs: dict[str, Any]) -> KinkMask | None:
@@ -252,6 +285,8 @@ _FINDERS: dict[str, Finder] = {
 
 def plain_name(operation: Any) -> str:
     """Return ``"relu"`` for the overloads ``aten.relu.default`` and ``aten.relu_.default``; ``""`` outside ATen."""
+    if isinstance(operation, HigherOrderOperator):
+        return operation.name()
     namespace, _, name = operation._schema.name.partition("::")
     if namespace != "aten":
         return ""

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cheapgrad.errors import DirectionError, ForwardResultError, UndecidedKinkError
-from cheapgrad.kinks._aten_kinks import NOT_COUNTED, find_kinks, plain_name
+from cheapgrad.kinks._aten_kinks import find_kinks, is_not_counted, plain_name
 from cheapgrad.kinks._decisions import Decisions, is_dual
 from cheapgrad.kinks._directional_rules import find_rule
 from cheapgrad.kinks._function_names import torch_name
@@ -183,6 +183,8 @@ class _DecidingMode(TorchFunctionMode):
 class _Guard(TorchDispatchMode):
     """Refuse a kink that is met exactly, depends on the point, and was not decided."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.watching = True
@@ -197,11 +199,12 @@ class _Guard(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.watching and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            self._check(plain_name(func), args, kwargs)
+            self._check(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _check(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if operation in NOT_COUNTED:
+    def _check(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        operation = plain_name(func)
+        if is_not_counted(func, args, kwargs):
             self.not_checked.add(operation)
         found = find_kinks(operation, args, kwargs)
         met = 0 if found is None else int(found.at_kink.sum())

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cheapgrad.errors import ModelTypeError
-from cheapgrad.kinks._aten_kinks import NOT_COUNTED, find_kinks, plain_name
+from cheapgrad.kinks._aten_kinks import find_kinks, is_not_counted, plain_name
 from cheapgrad.kinks.kink_report import OUTSIDE, KinkReport, KinkRow
 
 
@@ -30,8 +31,9 @@ class KinkWatch:
         )
         return KinkReport(rows, tuple(self._not_counted))
 
-    def _add(self, layer: str, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if operation in NOT_COUNTED:
+    def _add(self, layer: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        operation = plain_name(func)
+        if is_not_counted(func, args, kwargs):
             self._not_counted[f"{layer or '(the model itself)'}: {operation}"] = None
             return
         found = find_kinks(operation, args, kwargs)
@@ -72,7 +74,8 @@ def watch(model: nn.Module) -> Iterator[KinkWatch]:
     Law:
         Exact counts of what ran in forward passes, in the dtype it ran in; a forward pass that is run again by a
         checkpoint during backward is counted once. Values and gradients are not touched. Comparisons that steer
-        `torch.where` or Python's `if` are not seen. What is under `torch.compile` runs as if it were not.
+        `torch.where` or Python's `if` are not seen, nor are the kinks of custom operators. What is under
+        `torch.compile`, whichever model it belongs to, runs as if it were not.
         Hooks and modes are gone when the context is left, also after an exception.
 
     Raises:
@@ -96,7 +99,7 @@ def watch(model: nn.Module) -> Iterator[KinkWatch]:
             handles.append(module.register_forward_pre_hook(_enter(stack, name)))
             # Called after an exception too, so that the stack is right where it is caught inside the model.
             handles.append(module.register_forward_hook(_leave(stack), always_call=True))
-        with _WatchMode(counts, stack):
+        with torch.compiler.set_stance("force_eager"), _WatchMode(counts, stack):
             yield counts
     finally:
         for handle in handles:
@@ -105,6 +108,8 @@ def watch(model: nn.Module) -> Iterator[KinkWatch]:
 
 class _WatchMode(TorchDispatchMode):
     """Look at the arguments of every operation before it runs."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, counts: KinkWatch, stack: list[str]) -> None:
         super().__init__()
@@ -115,9 +120,13 @@ class _WatchMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not isinstance(func, HigherOrderOperator) and func._can_decompose():
+            # In inference mode operations come whole that are made of others; the counters know the others.
+            with self:
+                return func.decompose(*args, **kwargs)
         inside = bool(self.stack)
         if (inside or torch.is_grad_enabled()) and not _in_backward():
-            self.counts._add(self.stack[-1] if inside else OUTSIDE, plain_name(func), args, kwargs)
+            self.counts._add(self.stack[-1] if inside else OUTSIDE, func, args, kwargs)
         return func(*args, **kwargs)
 
 

@@ -7,7 +7,7 @@ import re
 
 # What neither HTML nor XML can hold: control characters, halves of surrogate pairs, two non-characters.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-_VOID = frozenset({"br", "hr", "meta"})
+_VOID = frozenset({"meta", "wbr"})
 
 
 class Html(str):

@@ -118,13 +118,17 @@ class MethodRecord:
 
     @property
     def accuracy_mean(self) -> float:
-        """Mean test accuracy over the seeds."""
-        return statistics.fmean(self.accuracies)
+        """Mean test accuracy over the seeds; nan where there is none or one is no number."""
+        return statistics.fmean(self.accuracies) if self._has_accuracies else math.nan
 
     @property
     def accuracy_deviation(self) -> float:
-        """Standard deviation of the test accuracy over the seeds; nan for a single seed."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else math.nan
+        """Standard deviation of the test accuracy over the seeds; nan for a single seed and where the mean is."""
+        return statistics.stdev(self.accuracies) if self._has_accuracies and len(self.accuracies) > 1 else math.nan
+
+    @property
+    def _has_accuracies(self) -> bool:
+        return bool(self.accuracies) and all(map(math.isfinite, self.accuracies))
 
     @property
     def cost_times_noise(self) -> float:

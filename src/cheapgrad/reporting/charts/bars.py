@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from cheapgrad.reporting.charts.axis import Axis
 from cheapgrad.reporting.charts.frame import (
-    STYLES,
     WIDTH,
     Series,
     draw_box,
     draw_frame,
     draw_text,
     known,
+    name_style,
     shorten_label,
 )
 from cheapgrad.reporting.figures import Format, format_figure
@@ -53,6 +53,6 @@ def draw_bars(
 def _draw_bar(row: str, series: Series, value: float | None, y: float, axis: Axis, write: Format) -> list[Html]:
     text = format_figure(value, write)
     end = axis.place(abs(value)) if value is not None and math.isfinite(value) else 0.0
-    classes = f"bar s{series.style % STYLES}" + (" modelled" if series.modelled else "")
+    classes = f"bar {name_style(series.style, modelled=series.modelled)}"
     box = draw_box(0, y, end, _BAR, f"{row}, {series.label}: {text}", classes)
     return [box, draw_text(end + 4, y + _BAR - 2, text, class_="number")]

@@ -21,7 +21,7 @@ from cheapgrad.reporting.charts.frame import (
 from cheapgrad.reporting.figures import Format, format_figure, format_plain
 from cheapgrad.reporting.markup import Html
 
-_LABEL, _STRIP, _MARGIN, _FOOT = 15, 15, 12, 34
+_LABEL, _STRIP, _MARGIN, _FOOT = 15, 15, 20, 34
 
 
 @dataclass(frozen=True)

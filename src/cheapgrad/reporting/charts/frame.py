@@ -10,7 +10,7 @@ from cheapgrad.reporting.markup import Html, element, join
 
 # Charts are drawn this wide and scaled to the page: text of 12 units is 10 pixels on the narrowest telephone.
 WIDTH = 400
-STYLES = 8
+_COLOURS = 7
 _LONGEST_LABEL = 56
 _SHAPES = ("circle", "triangle", "square", "diamond", "nabla", "cross")
 
@@ -72,9 +72,15 @@ def _draw_key(mark: Html) -> Html:
     return element("svg", mark, viewBox="0 0 16 16", width=16, height=16, aria_hidden="true", class_="key")
 
 
+def name_style(style: int, *, modelled: bool) -> str:
+    """Return the classes of a series: style 0, that of what the others are compared with, has a colour of its own."""
+    colour = 0 if style == 0 else 1 + (style - 1) % _COLOURS
+    return f"s{colour}" + (" modelled" if modelled else "")
+
+
 def draw_mark(x: float, y: float, style: int, label: str, *, modelled: bool = False, size: float = 4.5) -> Html:
     """Return a mark; the label is shown where the pointer rests on it."""
-    classes = f"mark s{style % STYLES}" + (" modelled" if modelled else "")
+    classes = f"mark {name_style(style, modelled=modelled)}"
     shape = _SHAPES[style % len(_SHAPES)]
     inner = element("title", label)
     if shape == "circle":

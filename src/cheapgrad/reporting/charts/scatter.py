@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cheapgrad.reporting.charts.axis import Axis, make_linear_axis
-from cheapgrad.reporting.charts.frame import WIDTH, draw_frame, draw_line, draw_mark, draw_text
+from cheapgrad.reporting.charts.frame import WIDTH, draw_frame, draw_line, draw_mark, draw_text, name_style
 from cheapgrad.reporting.markup import Html
 
-_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 300, 44, 10, 10, 40
+_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 300, 56, 12, 10, 40
+# Half the width of a number at the floor.
+_FALLEN = 15
 
 
 @dataclass(frozen=True)
@@ -67,22 +69,29 @@ def draw_scatter_chart(
         content.append(draw_line(*ends, "frontier"))
     for point in points:
         content.extend(_draw_point(point, x_axis, y_axis, lowest))
+    content.extend(_name_fallen([point for point in points if point.y < lowest], x_axis, y_axis.place(lowest)))
     return draw_frame(name, title, description, _HEIGHT, *content)
 
 
 def _draw_point(point: Point, x_axis: Axis, y_axis: Axis, lowest: float) -> list[Html]:
     x, y = x_axis.place(point.x), y_axis.place(max(point.y, lowest))
     label = f"{point.label}: {point.x:.2f}, {point.y:.1f}"
-    if point.y < lowest:
-        return [
-            draw_mark(x, y, point.style, label, size=5),
-            draw_text(x, y + 16, f"↓ {point.y:.0f}", anchor="middle", class_="number"),
-        ]
     bar = []
-    if point.deviation and math.isfinite(point.deviation):
+    if point.y >= lowest and point.deviation and math.isfinite(point.deviation):
         low, high = y_axis.place(point.y - point.deviation), y_axis.place(point.y + point.deviation)
-        bar = [draw_line(x, low, x, high, f"deviation s{point.style % 8}")]
+        bar = [draw_line(x, low, x, high, f"deviation {name_style(point.style, modelled=False)}")]
     return [*bar, draw_mark(x, y, point.style, label, size=5)]
+
+
+def _name_fallen(points: Sequence[Point], x_axis: Axis, floor: float) -> list[Html]:
+    """Write the numbers of what lies too low to be drawn to scale, one above the other where they are close."""
+    texts, last, level = [], -math.inf, 0
+    for point in sorted(points, key=lambda point: point.x):
+        x = x_axis.place(point.x)
+        level = level + 1 if x - last < 2 * _FALLEN else 0
+        last = x
+        texts.append(draw_text(x, floor - 9 - 12 * level, f"↓ {point.y:.0f}", anchor="middle", class_="number"))
+    return texts
 
 
 def _draw_axes(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> list[Html]:
@@ -102,8 +111,8 @@ def _draw_axes(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> list[H
         ]
     middle = (bottom + _TOP) / 2
     turned = Html(
-        draw_text(12, middle, y_label, anchor="middle", class_="axis").replace(
-            "<text ", f'<text transform="rotate(-90 12 {middle:g})" ', 1
+        draw_text(14, middle, y_label, anchor="middle", class_="axis").replace(
+            "<text ", f'<text transform="rotate(-90 14 {middle:g})" ', 1
         )
     )
     return [*content, draw_text((WIDTH + _LEFT) / 2, _HEIGHT - 6, x_label, anchor="middle", class_="axis"), turned]

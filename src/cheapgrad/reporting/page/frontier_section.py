@@ -38,7 +38,7 @@ _COLUMNS = (
     Column("ω", "measured"),
     Column("c(1 + ω)", "computed"),
     Column("largest |z|", "measured"),
-    Column("band", "modelled"),
+    Column("band", "computed"),
     Column("bias"),
 )
 
@@ -70,7 +70,7 @@ def _write_group(group: FrontierGroup, name: str) -> Html:
 
 
 def _draw(group: FrontierGroup, name: str, label: str, read: Callable[[MethodRecord], float]) -> Html:
-    places = [(read(method), 100 * _accuracy(method)) for method in group.methods]
+    places = [(read(method), 100 * method.accuracy_mean) for method in group.methods]
     points = [
         Point(
             label=method.label,
@@ -89,10 +89,6 @@ def _draw(group: FrontierGroup, name: str, label: str, read: Callable[[MethodRec
     return draw_scatter_chart(name, title, description, points, label, "test accuracy, %", lowest)
 
 
-def _accuracy(method: MethodRecord) -> float:
-    return method.accuracy_mean if method.accuracies else math.nan
-
-
 def _beats(other: tuple[float, float], one: tuple[float, float]) -> bool:
     """Return whether the other point has at least as much for at most as little, and is not the same."""
     return other != one and other[0] <= one[0] and other[1] >= one[1]
@@ -104,9 +100,9 @@ def _write_row(method: MethodRecord) -> list[Html]:
     verdict = ("none found" if method.unbiased else "FOUND") if audited else UNKNOWN
     biased = audited and not method.unbiased
     return [
-        head_cell(method.label, element("small", method.remark) if method.remark else None),
+        head_cell(method.label, method.remark),
         number_cell(method.batch_size, "{:.0f}".format),
-        number_cell(_accuracy(method) if method.accuracies else None, format_percent),
+        number_cell(method.accuracy_mean if method.accuracies else None, format_percent),
         number_cell(None if math.isnan(deviation) else deviation, format_percent),
         number_cell(method.step_seconds, format_seconds),
         number_cell(method.step_time_fraction, format_share),
@@ -118,6 +114,6 @@ def _write_row(method: MethodRecord) -> list[Html]:
         number_cell(method.noise_fraction, format_plain, modelled=method.kind == "batch"),
         number_cell(method.cost_times_noise, format_share, modelled=method.kind == "batch"),
         number_cell(method.max_abs_z, format_z, alarm=biased),
-        number_cell(method.band, format_z, modelled=True),
+        number_cell(method.band, format_z),
         text_cell(verdict, class_="alarm" if biased else None),
     ]

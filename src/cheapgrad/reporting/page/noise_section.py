@@ -145,11 +145,14 @@ def _make_table(
 def _write_test_rows(columns: Sequence[NoiseColumn]) -> list[list[Html]]:
     """Return what the z-scores are to be judged by: the band, the draws, and what would have been seen."""
     return [
-        [head_cell("band: chance explains up to"), *(number_cell(c.band, format_z, modelled=True) for c in columns)],
-        [head_cell("draws"), *(number_cell(c.draws, "{:.0f}".format) for c in columns)],
         [
-            head_cell("error of scale that would have been seen"),
-            *(number_cell(c.total.detectable_relative_bias, format_percent, modelled=True) for c in columns),
+            head_cell("band: chance explains up to", source="computed"),
+            *(number_cell(column.band, format_z) for column in columns),
+        ],
+        [head_cell("draws"), *(number_cell(column.draws, "{:.0f}".format) for column in columns)],
+        [
+            head_cell("error of scale that would have been seen", source="computed"),
+            *(number_cell(column.total.detectable_relative_bias, format_percent) for column in columns),
         ],
     ]
 

@@ -31,7 +31,11 @@ def number_cell(value: float | None, write: Format, *, modelled: bool = False, a
         modelled: whether a law says so; else it was measured.
         alarm: whether it is a reason for alarm.
     """
-    classes = " ".join(name for name, wanted in (("number", True), ("modelled", modelled), ("alarm", alarm)) if wanted)
+    classes = " ".join(
+        name
+        for name, wanted in (("number", True), ("modelled", modelled and value is not None), ("alarm", alarm))
+        if wanted
+    )
     return element("td", format_figure(value, write), class_=classes, data_value=None if value is None else repr(value))
 
 
@@ -40,9 +44,24 @@ def text_cell(*content: object, class_: str | None = None) -> Html:
     return element("td", *content, class_=class_)
 
 
-def head_cell(*content: object) -> Html:
-    """Return the first cell of a row, which names it."""
-    return element("th", *content, scope="row")
+def head_cell(name: str, remark: str = "", source: str = "") -> Html:
+    """Return the first cell of a row, which names it.
+
+    Args:
+        name: of the row; long ones break after dots.
+        remark: what else the reader has to know.
+        source: of the numbers in this row, where it is another than that of the columns.
+    """
+    parts = name.split(".")
+    pieces = [piece for part in parts[:-1] for piece in (f"{part}.", element("wbr"))]
+    return element(
+        "th",
+        *pieces,
+        parts[-1],
+        element("small", remark) if remark else None,
+        element("small", source, class_=f"source {source}") if source else None,
+        scope="row",
+    )
 
 
 def make_table(name: str, caption: str, columns: Sequence[Column], rows: Sequence[Sequence[Html]]) -> Html:

@@ -233,11 +233,11 @@ def test_dropout_keeps_its_mask_in_a_checkpoint(use_reentrant):
 def test_codes_of_a_norm_that_attention_recomputes_from_are_made_once():
     model, x = Attention(), torch.randn(2, 8, 64)
     convert(model, stored=CODES)
-    use = model.norm._cheapgrad.plan.stored_memory
+    use = model.norm._cheapgrad.plan.root_use
     assert not use.is_kept
     gradients(model, x)
     assert use.is_kept
     feed_forward = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
     convert(feed_forward, stored=CODES)
     gradients(feed_forward, x)
-    assert not feed_forward[0]._cheapgrad.plan.stored_memory.is_kept
+    assert not feed_forward[0]._cheapgrad.plan.root_use.is_kept

@@ -26,7 +26,7 @@ from cheapgrad.errors import (
     RuleError,
     nearest_match,
 )
-from cheapgrad.ops.plan import Plan
+from cheapgrad.ops.plan import Plan, RootUse
 from cheapgrad.sketch import AbstractStrategy, Moment
 
 
@@ -223,8 +223,9 @@ def _why_not(module: nn.Module, kind: LayerKind, strategy: AbstractStrategy, mom
         )
     least = kind.least_weights[moment]
     weight = getattr(module, "weight", None)
-    if least and weight is not None and weight.numel() < least:
-        return f"too small to pay: {weight.numel()} weights, under {least} (skip_small=False converts it)"
+    count = kind.weights(module) if kind.weights is not None else None if weight is None else weight.numel()
+    if least and count is not None and count < least:
+        return f"too small to pay: {count} weights, under {least} (skip_small=False converts it)"
     return ""
 
 
@@ -293,7 +294,7 @@ def _swap_all(decisions: list[_Decision], switch: Switch) -> None:
             original = type(decision.module)
             object.__setattr__(decision.module, "__class__", cls)
             swapped.append((decision.module, original))
-            decision.module.__dict__["_cheapgrad"] = Conversion(original, _plan_for(decision, original), switch)
+            decision.module.__dict__["_cheapgrad"] = Conversion(original, _plan_for(decision), switch)
     except Exception as error:
         for module, original in swapped:
             object.__setattr__(module, "__class__", original)
@@ -301,13 +302,13 @@ def _swap_all(decisions: list[_Decision], switch: Switch) -> None:
         raise ConversionError(f"a layer's class cannot be swapped ({error}); the model is unchanged") from error
 
 
-def _plan_for(decision: _Decision, original_class: type[nn.Module]) -> Plan:
-    kind = kind_of(original_class)
-    of_kind = kind.new_memory() if kind is not None else None
+def _plan_for(decision: _Decision) -> Plan:
+    recompute = decision.rule is not None and decision.rule.recompute
     return Plan(
         decision.stored,
         decision.cotangent,
-        of_kind or (decision.stored.new_memory() if decision.stored else None),
+        decision.stored.new_memory() if decision.stored else None,
         decision.cotangent.new_memory() if decision.cotangent else None,
-        recompute=decision.rule is not None and decision.rule.recompute,
+        recompute=recompute,
+        root_use=RootUse() if recompute else None,
     )

@@ -16,7 +16,7 @@ def find_obstacle(module: nn.Module) -> str:
     'unsupported: its weight has no shape yet; run one batch, then convert'
     """
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return "unsupported: nn.MultiheadAttention reads this layer's weight without calling it"
+        return "unsupported: nn.MultiheadAttention reads this layer's weight without calling it; convert the attention"
     if "forward" in module.__dict__:
         return "unsupported: this instance carries a forward of its own, which hides that of its class"
     if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
@@ -25,7 +25,8 @@ def find_obstacle(module: nn.Module) -> str:
         return "unsupported: its weight is parametrized; convert first, then register the parametrization"
     if getattr(module, "inplace", False):
         return "unsupported: it overwrites its input; eager chains pass through the stock module"
-    weight = getattr(module, "weight", None)
+    names = ("weight", "in_proj_weight", "q_proj_weight")
+    weight = next((found for found in (getattr(module, name, None) for name in names) if found is not None), None)
     if weight is None and not any(True for _ in module.parameters()):
         return ""
     if weight is None or not weight.is_floating_point():

@@ -112,7 +112,8 @@ class SketchedLayer(nn.Module):
         with random.own_stream(x) if conversion.draws_forward(self) else contextlib.nullcontext():
             output = conversion.kind.run(self, conversion.plan, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            conversion.note_shape(self, x, output)
+            # What else it returns, such as the weights of an attention, has no backward pass of its own.
+            conversion.note_shape(self, x, output[0] if isinstance(output, tuple) else output)
         return output
 
     def extra_repr(self) -> str:
@@ -135,6 +136,8 @@ def _run_probed(module: SketchedLayer, conversion: Conversion, *args: Any, **kwa
     probe, x = conversion.probe, args[0]
     if probe is None:
         raise RuntimeError("only a layer that is being probed runs this")
+    if not conversion.kind.is_probed:
+        return conversion.original_class.forward(module, *args, **kwargs)
     wants_input = x.requires_grad
     if wants_input:
         # Its own node, so that what reaches it is the gradient of this use alone.

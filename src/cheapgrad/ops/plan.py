@@ -13,6 +13,17 @@ from cheapgrad.sketch._strategy import AbstractDrawnCotangent
 from cheapgrad.sketch.operands import AbstractStoredMatrix
 
 
+class RootUse:
+    """What earlier forward passes showed of an input: whether it is kept anyway, and codes would be for nothing.
+
+    Attributes:
+        is_kept: whether somebody recomputes from it, as attention does its queries, keys and values.
+    """
+
+    def __init__(self) -> None:
+        self.is_kept = False
+
+
 @dataclass(frozen=True)
 class Plan:
     """Strategies of one layer, with the running estimates they keep.
@@ -23,6 +34,7 @@ class Plan:
         stored_memory: running estimates of `stored`, or None.
         cotangent_memory: running estimates of `cotangent`, or None.
         recompute: whether what other operations keep of the output is computed again in backward.
+        root_use: what is known of the use of the input, or None where nothing is recomputed.
     """
 
     stored: AbstractStrategy | None = None
@@ -30,6 +42,7 @@ class Plan:
     stored_memory: Any = field(default=None, compare=False, repr=False)
     cotangent_memory: Any = field(default=None, compare=False, repr=False)
     recompute: bool = False
+    root_use: RootUse | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_exact(self) -> bool:

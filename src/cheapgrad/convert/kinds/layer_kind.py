@@ -50,8 +50,9 @@ class LayerKind:
         input_name: what the stock forward calls its first argument.
         slow_cotangents: strategies that are unbiased for the cotangent but save no time here.
         least_weights: layers with fewer weights are too small to pay, by moment.
+        weights: how many numbers its products multiply with; None where `weight` holds them.
+        is_probed: whether its variance can be predicted from one input and one output.
         row_wise: whether it has no products to save and matters only as a stage of a chain.
-        new_memory: makes what a module remembers from one forward pass to the next, whatever its strategy.
     """
 
     name: str
@@ -68,8 +69,9 @@ class LayerKind:
     least_weights: Mapping[Moment, int]
     input_name: str = "input"
     slow_cotangents: tuple[type[AbstractStrategy], ...] = ()
+    weights: Callable[[Any], int] | None = None
+    is_probed: bool = True
     row_wise: bool = False
-    new_memory: Callable[[], Any] = lambda: None
 
 
 # What a stock forward calls on its own module: a subclass that overrides one of these has another forward.

@@ -14,7 +14,7 @@ from cheapgrad.convert.kinds.linear import matrix_shape
 from cheapgrad.ops.activations import Activation, sketched_activation
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.joining import is_row_wise, stage_in_chain
-from cheapgrad.ops.chains.norm_stage import LayerNormStage, RootUse
+from cheapgrad.ops.chains.norm_stage import LayerNormStage
 from cheapgrad.ops.chains.rebuilding import current_scope
 from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import AbstractStrategy, Moment, Variance
@@ -35,8 +35,8 @@ def why_not_row_wise(module: nn.Module, strategy: AbstractStrategy, moment: Mome
 def _run_layer_norm(module: Any, plan: Plan, x: Tensor) -> Tensor:
     if len(module.normalized_shape) != 1:
         return nn.LayerNorm.forward(module, x)
-    stage = LayerNormStage(module.eps, module.normalized_shape[0], plan.stored, plan.stored_memory)
-    if plan.stored_memory is not None and plan.stored_memory.is_kept and current_scope() is not None:
+    stage = LayerNormStage(module.eps, module.normalized_shape[0], plan.stored, plan.root_use)
+    if plan.root_use is not None and plan.root_use.is_kept and current_scope() is not None:
         stage = dataclasses.replace(stage, stored=None)
     return stage_in_chain(x, stage, (module.weight, module.bias), lambda: nn.LayerNorm.forward(module, x))
 
@@ -75,9 +75,7 @@ def _activation_of(name: str, options: tuple[str, ...]) -> Callable[[Any], Activ
     return lambda module: Activation(name, tuple((option, getattr(module, option)) for option in options))
 
 
-def row_wise_kind(
-    stock: type[nn.Module], run: Callable[..., Tensor], new_memory: Callable[[], Any] = lambda: None
-) -> LayerKind:
+def row_wise_kind(stock: type[nn.Module], run: Callable[..., Tensor]) -> LayerKind:
     """Return the kind of a module that works row by row and multiplies nothing."""
     return LayerKind(
         name=stock.__name__,
@@ -93,12 +91,11 @@ def row_wise_kind(
         why_not=why_not_row_wise,
         least_weights={Moment.STORED: 0, Moment.COTANGENT: 0},
         row_wise=True,
-        new_memory=new_memory,
     )
 
 
 ROW_WISE = (
-    row_wise_kind(nn.LayerNorm, _run_layer_norm, RootUse),
+    row_wise_kind(nn.LayerNorm, _run_layer_norm),
     *(
         row_wise_kind(stock, _run_activation(_activation_of(name, options)))
         for stock, (name, options) in _ACTIVATIONS.items()

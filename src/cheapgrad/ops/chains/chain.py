@@ -250,12 +250,12 @@ def settle(chain: Chain) -> Chain:
     return dataclasses.replace(chain, links=links, is_linked=is_linked)
 
 
-def let_rebuild(output: Tensor) -> None:
-    """Let other operations that save `output` keep what its chain starts from instead."""
-    scope, chain = current_scope(), chain_of(output)
-    if scope is None or chain is None or any(link.stage.stored is not None for link in chain.links[:-1]):
+def let_rebuild(output: Tensor, root: Tensor, links: tuple[Link, ...]) -> None:
+    """Let other operations that save `output` keep the root that the links compute it from instead."""
+    scope = current_scope()
+    if scope is None or any(link.stage.stored is not None for link in links[:-1]):
         return
-    links, context = chain.links, _autocast_of(output)
+    context = _autocast_of(output)
 
     def compute(root: Tensor) -> Tensor:
         value = root
@@ -268,10 +268,10 @@ def let_rebuild(output: Tensor) -> None:
 
     def note_kept() -> None:
         for link in links:
-            if isinstance(link.stage, LayerNormStage) and link.stage.use is not None:
+            if link.stage.use is not None:
                 link.stage.use.is_kept = True
 
-    scope.register(output, Source(chain.root, parameters, compute, note_kept))
+    scope.register(output, Source(root, parameters, compute, note_kept))
 
 
 def _autocast_of(tensor: Tensor) -> Callable[[], Any]:

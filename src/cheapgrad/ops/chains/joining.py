@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from cheapgrad.ops.chains.activation_stage import ActivationStage
-from cheapgrad.ops.chains.chain import Chain, attach_chain, chain_of, let_rebuild, run_stage, settle
+from cheapgrad.ops.chains.chain import Chain, Link, attach_chain, chain_of, let_rebuild, run_stage, settle
 from cheapgrad.ops.chains.functional import recognise_chain
 from cheapgrad.ops.chains.linear_stage import LinearStage
 from cheapgrad.ops.chains.producers import is_held_by_attention
@@ -47,15 +47,28 @@ def linear_in_chain(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, 
         # A second copy, in codes, would only cost time and noise.
         plan = dataclasses.replace(plan, stored=None)
     chain = chain_of(x) or recognise_chain(x, plan.stored)
-    stage = LinearStage(plan.stored, is_flat)
+    may_rebuild = plan.recompute and current_scope() is not None
     if chain is not None and _shares_rows(chain, plan):
         weight, bias = cast_for_autocast(weight, bias)
-        if not (plan.recompute and current_scope()):
+        if not may_rebuild:
             chain = settle(chain)
-        output = run_stage(x, stage, (weight, bias), plan.cotangent, chain)
-        if plan.recompute:
-            let_rebuild(output)
+        output = run_stage(x, LinearStage(plan.stored, is_flat), (weight, bias), plan.cotangent, chain)
+        rebuilt = chain_of(output)
+        if may_rebuild and rebuilt is not None:
+            let_rebuild(output, rebuilt.root, rebuilt.links)
         return output
+    if may_rebuild and plan.root_use is not None and plan.root_use.is_kept:
+        plan = dataclasses.replace(plan, stored=None)
+    output = _start_chain(x, weight, bias, plan, is_flat)
+    if may_rebuild and output.numel() >= x.numel():
+        # Queries, keys and values of one input need one tensor instead of three.
+        root, *parameters = cast_for_autocast(x, weight, bias)
+        let_rebuild(output, root, (Link(LinearStage(None, is_flat, plan.root_use), tuple(parameters), ()),))
+    return output
+
+
+def _start_chain(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, is_flat: bool) -> Tensor:
+    stage = LinearStage(plan.stored, is_flat)
     if plan.stored is not None and plan.cotangent is not None:
         x, weight, bias = cast_for_autocast(x, weight, bias)
         return run_stage(x, stage, (weight, bias), plan.cotangent, None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cheapgrad.ops.chains.stage import AbstractOpenedStage, AbstractStage, KeptRows, Rebuild
 from cheapgrad.ops.linear import may_need_grad, multiply
+from cheapgrad.ops.plan import RootUse
 from cheapgrad.sketch import AbstractStrategy, DenseMatrix, Moment, Operands
 
 
@@ -19,10 +20,12 @@ class LinearStage(AbstractStage):
     Attributes:
         stored: codec for what is kept of X, or None to keep X.
         is_flat: multiply rows as one matrix, as modules do whose stock forward flattens them.
+        use: told when the input is kept for others, or None.
     """
 
     stored: AbstractStrategy | None = None
     is_flat: bool = False
+    use: RootUse | None = field(default=None, compare=False, repr=False)
 
     @property
     def rebuilds_output(self) -> bool:

@@ -8,18 +8,8 @@ import torch
 from torch import Tensor
 
 from cheapgrad.ops.chains.stage import AbstractOpenedStage, AbstractStage, KeptRows, Rebuild
+from cheapgrad.ops.plan import RootUse
 from cheapgrad.sketch import AbstractStrategy, DenseMatrix, Moment, Operands
-
-
-class RootUse:
-    """What earlier forward passes showed of a norm: whether its input is kept anyway, and codes would be for nothing.
-
-    Attributes:
-        is_kept: whether somebody recomputes from it, as attention does its queries, keys and values.
-    """
-
-    def __init__(self) -> None:
-        self.is_kept = False
 
 
 @dataclass(frozen=True)

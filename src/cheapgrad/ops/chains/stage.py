@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cheapgrad.ops.plan import PoisonedRows, poison
+from cheapgrad.ops.plan import PoisonedRows, RootUse, poison
 from cheapgrad.sketch import AbstractStrategy
 
 #: Rebuilds the input of a stage on the kept rows, from what an earlier stage holds.
@@ -72,6 +72,9 @@ class AbstractStage(abc.ABC):
 
     #: Codec for what is kept of the input, or None to keep it as it is.
     stored: AbstractStrategy | None
+
+    #: Told when the input is kept for others, or None.
+    use: RootUse | None = None
 
     #: Whether the record is made from the output instead of the input.
     keeps_output: bool = False

@@ -6,7 +6,12 @@ import xml.etree.ElementTree as ElementTree
 
 from cheapgrad.reporting import RecordDirectory, RecordFile, RefusedFile, render_page
 
-KINDS = {"DemoRecord": "cheapgrad.demo", "CostReport": "cheapgrad.scan", "CostComparison": "cheapgrad.comparison"}
+KINDS = {
+    "DemoRecord": "cheapgrad.demo",
+    "CostReport": "cheapgrad.scan",
+    "CostComparison": "cheapgrad.comparison",
+    "AuditReport": "cheapgrad.audit",
+}
 
 
 def make_file(record, label="run", **changes) -> RecordFile:
@@ -31,7 +36,8 @@ def read(page: str) -> ElementTree.Element:
     return ElementTree.fromstring(page)
 
 
-def text_of(element: ElementTree.Element) -> str:
+def text_of(element: ElementTree.Element | None) -> str:
+    assert element is not None
     return " ".join("".join(element.itertext()).split())
 
 

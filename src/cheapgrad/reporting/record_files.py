@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cheapgrad.auditing.report import AuditReport
 from cheapgrad.cost.comparison import CostComparison
 from cheapgrad.cost.report import CostReport
 from cheapgrad.errors import RecordError, nearest_match
@@ -37,6 +38,7 @@ class RecordKind:
 
 
 KINDS = (
+    RecordKind("cheapgrad.audit", 1, AuditReport, AuditReport.from_dict, frozenset({"subject", "band", "layers"})),
     RecordKind("cheapgrad.demo", 1, DemoRecord, DemoRecord.from_dict, frozenset({"data", "seeds", "models", "wide"})),
     RecordKind(
         "cheapgrad.scan", 1, CostReport, CostReport.from_dict, frozenset({"rows", "total", "operations", "uncounted"})
@@ -161,7 +163,7 @@ def read_file(path: Path) -> RecordFile | RefusedFile:
         label=data["label"] if isinstance(data.get("label"), str) and data["label"] else path.stem,
         record=_read_record(kind, data, path.name),
         environment=_mapping(data.get("environment")),
-        seeds=_seeds(data.get("seeds")),
+        seeds=_seeds(data.get("seeds", data.get("seed"))),
         command=data["command"] if isinstance(data.get("command"), str) else None,
         remark=remark,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from cheapgrad.auditing.report import AuditReport, LayerAudit
 from cheapgrad.cost.comparison import CostComparison
 from cheapgrad.cost.report import CostReport, Figures
 from cheapgrad.reporting.page.views import (
@@ -46,6 +47,11 @@ def collect_views(files: Sequence[RecordFile]) -> Views:
     for file in files:
         if isinstance(file.record, CostComparison):
             held.append(_held_in_comparison(file.record, file.label))
+    audits = [file for file in files if isinstance(file.record, AuditReport)]
+    noise += _noise_in_audits(audits)
+    for file in audits:
+        held += _held_in_audit(file.record, file.label)
+        sentences.append(f"{file.label}: {file.record.verdict()}")
     return Views(tuple(held), tuple(noise), tuple(frontiers), tuple(sentences))
 
 
@@ -128,6 +134,55 @@ def _held_in_comparison(comparison: CostComparison, label: str) -> HeldGroup:
     before = column("before", {row.name: row.before for row in comparison.rows}, comparison.before, 0)
     after = column("after", {row.name: row.after for row in comparison.rows}, comparison.after, 1)
     return HeldGroup(label, (before, after), " ".join([_BATCH_COUNTS, *comparison.remarks]))
+
+
+def _noise_in_audits(files: Sequence[RecordFile]) -> list[NoiseGroup]:
+    """Put audits of the same parameters side by side."""
+    groups: dict[tuple[str, ...], list[RecordFile]] = defaultdict(list)
+    for file in files:
+        groups[tuple(layer.name for layer in file.record.layers)].append(file)
+    return [
+        NoiseGroup(
+            title=" and ".join(file.label for file in group),
+            columns=tuple(_noise_in_audit(file.record, file.label, 1 + style) for style, file in enumerate(group)),
+            note=" ".join(f"{file.label}: {remark}" for file in group for remark in _remarks(file.record)),
+        )
+        for group in groups.values()
+    ]
+
+
+def _remarks(audit: AuditReport) -> list[str]:
+    return [f"compared with {audit.reference}.", *audit.remarks]
+
+
+def _noise_in_audit(audit: AuditReport, label: str, style: int) -> NoiseColumn:
+    def read(one: AuditReport | LayerAudit) -> Noise:
+        return Noise(one.relative_variance, one.noise_fraction, one.max_abs_z, one.detectable_relative_bias)
+
+    return NoiseColumn(
+        label=label,
+        layers={layer.name: read(layer) for layer in audit.layers},
+        total=read(audit),
+        draws=audit.draws,
+        band=audit.band,
+        unbiased=audit.unbiased,
+        style=style,
+    )
+
+
+def _held_in_audit(audit: AuditReport, label: str) -> list[HeldGroup]:
+    if audit.held_bytes is None or audit.exact_held_bytes is None:
+        return []
+
+    def column(name: str, entries: Iterable[tuple[str, int | None]], total: int, style: int) -> HeldColumn:
+        return HeldColumn(name, _add_up((module, held or 0) for module, held in entries), {}, total, style)
+
+    exact = column(
+        "exact", ((layer.module, layer.exact_held_bytes) for layer in audit.layers), audit.exact_held_bytes, 0
+    )
+    audited = column(label, ((layer.module, layer.held_bytes) for layer in audit.layers), audit.held_bytes, 1)
+    note = "Of modules with parameters; what the others and the loss hold is in the sum only."
+    return [HeldGroup(label, (exact, audited), note)]
 
 
 def _add_up(entries: Iterable[tuple[str, float]]) -> dict[str, float]:

@@ -49,11 +49,25 @@ def write_bias_section(groups: Sequence[NoiseGroup]) -> Html:
 
 
 def _write_variance(group: NoiseGroup, name: str) -> Html:
+    if all(column.total.noise_fraction is None for column in group.columns):
+        return _write_relative_variance(group, name)
+
     def read(noise: Noise) -> float | None:
         return noise.noise_fraction
 
     guide = Guide("ω: added variance ÷ that of the mini-batch", lines=(1.0,))
     table = _make_table(group, name, "added variance ÷ that of the mini-batch (ω)", read, format_plain)
+    return _write_group(group, name, "variance by parameter", read, guide, table, logarithmic=True)
+
+
+def _write_relative_variance(group: NoiseGroup, name: str) -> Html:
+    """Show what is left where nobody measured the variance of the mini-batch."""
+
+    def read(noise: Noise) -> float | None:
+        return noise.relative_variance
+
+    guide = Guide("added variance ÷ squared norm; that of the mini-batch is not recorded")
+    table = _make_table(group, name, "added variance ÷ squared norm of the gradient", read, format_plain)
     return _write_group(group, name, "variance by parameter", read, guide, table, logarithmic=True)
 
 

@@ -31,6 +31,9 @@ def network():
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
     return model, nn.CrossEntropyLoss(), (x[:20], y[:20]), list(zip(x[20:].split(40), y[20:].split(40)))
 
+def halves():
+    return tuple(DenseOperator(covariance(part), example_count=150) for part in x.split(150))
+
 def same_twice():
     return 2 * (DenseOperator(torch.eye(3)),)
 
@@ -81,6 +84,12 @@ def test_smallest_and_population(capsys):
     # The batches are the whole population: the corrected value is exact.
     assert report.rows[0].standard_error == 0
     assert report.rows[0].same_batch < report.rows[0].corrected
+
+
+def test_two_single_batches_that_are_the_population(capsys):
+    out = run(capsys, "curvature_models:halves", "--count", "2", "--population", "300", "--json").out
+    report = BiasReport.from_dict(json.loads(out))
+    assert [row.low for row in report.rows] == [row.corrected for row in report.rows]
 
 
 @pytest.mark.parametrize(

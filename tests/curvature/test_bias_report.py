@@ -13,6 +13,8 @@ from cheapgrad.curvature._confidence import student_quantile
 from cheapgrad.curvature.bias_report import BiasReport, bias_report
 from cheapgrad.errors import BudgetError, MissingExtraError
 
+WHOLE = {"population_size": 40}
+
 
 def covariance(rows_BP):
     return rows_BP.T @ rows_BP / len(rows_BP)
@@ -64,6 +66,15 @@ def test_one_micro_batch_gives_no_verdict_and_says_so():
     assert "no intervals and no verdicts" in str(report)
     assert json.dumps(report.to_dict(), allow_nan=False)
     assert report.draw().startswith(b"\x89PNG")
+
+
+def test_a_population_that_is_used_up_needs_no_micro_batches():
+    rows = torch.randn(40, 6, dtype=torch.float64)
+    report = bias_report(*(DenseOperator(covariance(part), example_count=20) for part in rows.split(20)), 2, **WHOLE)
+    assert [(row.low, row.high) for row in report.rows] == [(row.corrected, row.corrected) for row in report.rows]
+    assert [row.verdict for row in report.rows] == ["too large", "too large"]
+    assert "no intervals" not in str(report)
+    assert json.dumps(report.to_dict(), allow_nan=False)
 
 
 def test_ratio_is_left_out_where_it_means_nothing():

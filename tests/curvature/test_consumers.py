@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import cheapgrad
 from cheapgrad.curvature import step_diagonals
 from cheapgrad.curvature.gauss_newton_step import gauss_newton_step, solve_gauss_newton
 from cheapgrad.curvature.inverse_fisher import InverseFisher, SlidingInverseFisher
@@ -17,11 +18,24 @@ from cheapgrad.errors import (
     BudgetError,
     LossError,
     NonFiniteCurvatureError,
+    SecondDerivativeError,
     ShapeError,
     SingularCurvatureError,
+    StochasticModelError,
+    UnsupportedModelError,
 )
+from cheapgrad.exactness import forced_exact
+from cheapgrad.sketch import RowSample
 
 F64 = torch.float64
+
+
+def converted_classifier(is_converted=True):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double().train()
+    if is_converted:
+        cheapgrad.approximate(model, cheapgrad.Rule("*", cotangent=RowSample(keep=0.5)), skip_small=False)
+    return model, (torch.randn(7, 6, dtype=F64), torch.arange(7) % 3)
 
 
 class TestGaussNewtonStep:
@@ -58,6 +72,21 @@ class TestGaussNewtonStep:
         torch.testing.assert_close(
             torch.cat([each.flatten() for each in step.values()]), expected, rtol=1e-9, atol=1e-9
         )
+
+    @pytest.mark.parametrize("mode", ["train", "eval"])
+    def test_of_a_converted_model_is_exact(self, mode):
+        model, data = converted_classifier()
+        step = gauss_newton_step(getattr(model, mode)(), nn.functional.cross_entropy, *data, damping=0.1)
+        plain, _ = converted_classifier(is_converted=False)
+        expected = gauss_newton_step(plain, nn.functional.cross_entropy, *data, damping=0.1)
+        for name, part in expected.items():
+            torch.testing.assert_close(step[name], part, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize(("layer", "name"), [(nn.Dropout(0.5), "Dropout"), (nn.BatchNorm1d(4), "BatchNorm1d")])
+    def test_layers_that_draw_or_mix_examples(self, layer, name):
+        model = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 2))
+        with pytest.raises(StochasticModelError, match=f"'1' is a {name}"):
+            gauss_newton_step(model, nn.functional.cross_entropy, torch.ones(2, 3), torch.zeros(2).long(), damping=1.0)
 
     def test_bad_input(self):
         good = torch.ones(2, 3, 4), torch.eye(3).expand(2, 3, 3), torch.ones(2, 3)
@@ -162,6 +191,43 @@ class TestDiagonals:
             mean += probability * estimate_gauss_newton_diagonal(logits, [weight])[0]
         curvature = (probabilities * (1 - probabilities)).unsqueeze(1) * inputs.square().unsqueeze(2)
         torch.testing.assert_close(mean, curvature.mean(0), rtol=1e-12, atol=1e-12)
+
+    def test_sketched_gradients_are_not_squared(self):
+        model, (inputs, _) = converted_classifier()
+        parameters = list(model.parameters())
+        with pytest.raises(StochasticModelError, match=r"layers on the way to the logits have sketched gradients"):
+            estimate_gauss_newton_diagonal(model(inputs), parameters)
+        with forced_exact():
+            logits = model(inputs)
+        plain, _ = converted_classifier(is_converted=False)
+        found, expected = (
+            estimate_gauss_newton_diagonal(outputs, tensors, generator=torch.Generator().manual_seed(0))
+            for outputs, tensors in ((logits, parameters), (plain(inputs), list(plain.parameters())))
+        )
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+        loss = nn.functional.cross_entropy(model(inputs), torch.zeros(7).long())
+        with pytest.raises(SecondDerivativeError, match="a second derivative was taken through a sketched"):
+            estimate_hessian_diagonal(loss, parameters)
+
+    @pytest.mark.parametrize("add", [0.0, 1.0])
+    def test_a_second_derivative_that_is_missing_is_named(self, add):
+        """Of x², marked: 2 is missing in both cases, and in the second one another term would hide it."""
+
+        class Square(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return x**2
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx, grad):
+                return 2 * ctx.saved_tensors[0] * grad
+
+        weight = torch.ones(2, requires_grad=True)
+        with pytest.raises(UnsupportedModelError, match="marked once_differentiable"):
+            estimate_hessian_diagonal(Square.apply(weight).sum() + add * weight.square().sum(), [weight])
 
     def test_draws_are_averaged_and_reproducible(self):
         weight = torch.randn(3, 3, dtype=F64, requires_grad=True)

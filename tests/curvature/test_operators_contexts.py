@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -85,23 +85,55 @@ def test_compiled_and_wrapped_models_are_looked_through() -> None:
             torch.testing.assert_close(product, truth, **EXACT)
 
 
-@pytest.mark.parametrize("use_reentrant", [False])
-def test_checkpointed_models_are_exact_in_their_second_forward_too(use_reentrant: bool) -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
+class _Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return checkpoint(self.inner, x, use_reentrant=use_reentrant)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
 
-    case = make_case("MLP")
-    column = torch.linspace(-1, 1, 43, dtype=torch.float64)
-    expected = Hessian(case.model, case.loss, (case.inputs, case.targets)) @ column
-    model = Checkpointed(case.model).train()
+
+@pytest.mark.parametrize("name", ["MLP", "CNN with groups"])
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton, EmpiricalFisher])
+def test_checkpointed_models_are_exact_in_their_second_forward_too(kind: type[Any], name: str) -> None:
+    case = make_case(name)
+    size = sum(parameter.numel() for parameter in case.model.parameters())
+    columns = torch.randn(size, 2, dtype=torch.float64)
+    expected = kind(case.model, case.loss, (case.inputs, case.targets)) @ columns
+    model = _Checkpointed(case.model).train()
     cheapgrad.approximate(model, SKETCH, skip_small=False)
-    product = Hessian(model, case.loss, (case.inputs, case.targets)) @ column
-    torch.testing.assert_close(product, expected, **EXACT)
+    operator = kind(model, case.loss, (case.inputs, case.targets))
+    for found in (operator, operator.linearized()):
+        torch.testing.assert_close(found @ columns, expected, **EXACT)
+        torch.testing.assert_close(found @ columns[:, 0], expected[:, 0], **EXACT)
+
+
+class _Force(nn.Module):
+    """The slope of an energy: its forward pass is a backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy, self.head = nn.Conv1d(1, 2, 2), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.energy(x).tanh().sum(), x, create_graph=True)
+        return self.head(slope.flatten(1))
+
+
+def test_a_model_that_differentiates_in_its_forward_pass_is_differentiated_once_more() -> None:
+    case, model = make_case("log_softmax inside"), _Force().double()
+    loss, parameters = nn.CrossEntropyLoss(), list(model.parameters())
+    gradients = torch.autograd.grad(loss(model(case.inputs), case.targets), parameters, create_graph=True)
+    directions = [torch.randn_like(parameter) for parameter in parameters]
+    columns = torch.stack([torch.cat([part.flatten() for part in directions])] * 2, 1)
+    product = torch.autograd.grad(gradients, parameters, directions)
+    expected = torch.cat([part.flatten() for part in product])
+    found = Hessian(model, loss, (case.inputs, case.targets)) @ columns
+    torch.testing.assert_close(found, torch.stack([expected] * 2, 1), **EXACT)
+    newton = GaussNewton(model, loss, (case.inputs, case.targets))
+    torch.testing.assert_close((newton @ columns)[:, 0], newton @ columns[:, 0], **EXACT)
 
 
 @pytest.mark.parametrize("kind", [Hessian, GaussNewton])
@@ -170,6 +202,47 @@ def test_operations_without_the_derivative_are_named(kind: type[Any]) -> None:
         kind(model, nn.CrossEntropyLoss(), data) @ torch.ones(26)
     above = kind(model, nn.CrossEntropyLoss(), data, parameters="2")
     assert (above @ torch.ones(10)).abs().max() > 0
+
+
+class _OnceSquared(torch.autograd.Function):
+    """A loss with a backward pass of its own: what comes to it is the constant one."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(outputs)
+        return outputs.square().mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (outputs,) = ctx.saved_tensors
+        return 2 * outputs * grad / outputs.numel()
+
+
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton])
+def test_losses_without_the_derivative_are_named(kind: type[Any]) -> None:
+    """PyTorch itself says nothing: the second derivative of the loss is zero, or all that is left is the model's."""
+    model, data = _mlp()
+    with pytest.raises(UnsupportedModelError, match="marked once_differentiable"):
+        kind(model, lambda outputs, _: _OnceSquared.apply(outputs), data) @ torch.ones(26)
+    # Where first derivatives are enough, it is fine.
+    fisher = EmpiricalFisher(model, lambda outputs, _: _OnceSquared.apply(outputs), data)
+    expected = EmpiricalFisher(model, lambda outputs, _: outputs.square().mean(), data)
+    torch.testing.assert_close(fisher @ torch.ones(26), expected @ torch.ones(26))
+
+
+def test_inputs_may_be_named_tuples() -> None:
+    class Pair(NamedTuple):
+        left: torch.Tensor
+        right: torch.Tensor
+
+    class Product(nn.Linear):
+        def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            return super().forward(left * right)
+
+    model, (x, y) = Product(3, 2), _mlp()[1]
+    found = GaussNewton(model, nn.CrossEntropyLoss(), (Pair(x, x), y)) @ torch.ones(8)
+    torch.testing.assert_close(found, GaussNewton(model, nn.CrossEntropyLoss(), ((x, x), y)) @ torch.ones(8))
 
 
 def test_errors_of_the_model_itself_are_its_own() -> None:

@@ -17,7 +17,15 @@ from cheapgrad.curvature.directional_estimates import (
 from cheapgrad.curvature.finite_population import FinitePopulation
 from cheapgrad.curvature.independence import check_disjoint, check_independent
 from cheapgrad.curvature.split_sample import split_sample
-from cheapgrad.errors import BatchError, BudgetError, NonFiniteCurvatureError, OverlapError, ShapeError
+from cheapgrad.errors import (
+    BatchError,
+    BudgetError,
+    NonFiniteCurvatureError,
+    OperandError,
+    OverlapError,
+    ShapeError,
+    SingularCurvatureError,
+)
 
 # Draws are fixed beforehand; the biased estimator has to lie this many standard errors from the truth.
 _BAND, _POWER = 3.0, 6.0
@@ -239,6 +247,16 @@ def test_one_micro_batch_has_no_standard_error_and_an_endless_interval():
         sample.inverse()
 
 
+def test_a_population_that_is_used_up_leaves_a_point():
+    rows = torch.randn(40, 6, dtype=torch.float64)
+    a, b = (DenseOperator(covariance(part), example_count=20) for part in rows.split(20))
+    sample = split_sample(a, b, 2, population_size=40)
+    assert sample.curvature.micro_batches == 1
+    assert sample.standard_error.tolist() == [0.0, 0.0]
+    for end in sample.curvature.interval():
+        torch.testing.assert_close(end, sample.corrected, rtol=0, atol=0)
+
+
 def test_records_survive_json():
     rows = torch.randn(40, 6, dtype=torch.float64)
     sample = split_sample(covariance(rows[:20]), micro_batched(rows[20:], 4), 3)
@@ -282,6 +300,20 @@ class TestBadInput:
             return
         with pytest.raises(OverlapError, match=f"share {shared} of 2 micro-batches"):
             split_sample(a, b, 1)
+
+    @pytest.mark.parametrize("layout", ["rows", "columns"])
+    def test_slices_that_interleave_are_apart(self, layout):
+        x = torch.randn(40, 3) if layout == "rows" else torch.randn(3, 40).T
+        y, model, loss = torch.randn(40, 2), torch.nn.Linear(3, 2), torch.nn.MSELoss()
+        even, odd, third = (
+            GaussNewton(model, loss, (x[start::step], y[start::step])) for start, step in ((0, 2), (1, 2), (0, 3))
+        )
+        halves = [GaussNewton(model, loss, (x[part], y[part])) for part in (slice(0, 20), slice(20, 40))]
+        check_independent(even, odd)
+        check_independent(*halves)
+        for pair in ((even, third), (halves[0], third), (odd, halves[1])):
+            with pytest.raises(OverlapError, match="share 1 of 1"):
+                check_independent(*pair)
 
     def test_batches_of_dicts_and_tuples_are_looked_into(self):
         x, z = torch.randn(2, 8, 3)
@@ -331,6 +363,27 @@ class TestBadInput:
             split_sample(torch.eye(3), 2 * torch.eye(3), 1, gradients=gradients)
         with pytest.raises(ShapeError, match=r"gradient_b must be a vector of 3 parameters .* \(3,\) and \(4,\)"):
             split_sample(torch.eye(3), 2 * torch.eye(3), 1, gradients=(torch.ones(3), torch.ones(4)))
+
+        with pytest.raises(ShapeError, match=r"gradient_a must be a vector of 3 parameters .* \(4,\) and \(3,\)"):
+            split_sample(torch.eye(3), 2 * torch.eye(3), 1, gradients=(torch.ones(4), torch.ones(3)))
+        with pytest.raises(
+            OperandError, match=r"gradient_b is of torch\.float64 on cpu, the directions are of torch\.f"
+        ):
+            split_sample(torch.eye(3), 2 * torch.eye(3), 1, gradients=(torch.ones(3), torch.ones(3).double()))
+        for place, name in enumerate("ab"):
+            gradients = [torch.ones(3), torch.ones(3)]
+            gradients[place] = torch.tensor([1.0, math.nan, math.inf])
+            with pytest.raises(NonFiniteCurvatureError, match=f"2 entries of gradient_{name} are not finite"):
+                split_sample(torch.eye(3), 2 * torch.eye(3), 1, gradients=tuple(gradients))
+
+    def test_inverses_that_do_not_exist(self):
+        parts = MeanOperator([DenseOperator(torch.zeros(2, 2)) for _ in range(2)])
+        sample = split_sample(torch.eye(2), parts, 1)
+        with pytest.raises(SingularCurvatureError, match="1 of 1 estimates are 0 without any uncertainty"):
+            sample.inverse()
+        assert sample.inverse(0.5).tolist() == [2.0]
+        with pytest.raises(BudgetError, match=r"damping must be a number of at least 0, but got -0\.5"):
+            sample.inverse(-0.5)
 
     def test_directions_that_do_not_fit(self):
         operator = DenseOperator(torch.eye(3))

@@ -96,7 +96,7 @@ class BiasReport:
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
         total = "not defined" if self.overstatement is None else f"{self.overstatement:.3g}"
         lines.append(f"all {len(self.rows)} directions: same batch ÷ corrected = {total}")
-        if self.micro_batches < 2:
+        if any(row.low is None for row in self.rows):
             lines.append("no intervals and no verdicts: the second batch has a single micro-batch")
         return "\n".join(lines)
 
@@ -131,7 +131,7 @@ class BiasReport:
         same = [row.same_batch for row in self.rows]
         panel.plot(indices, same, "^", color=_SAME, label="same batch: its own eigenvalue")
         panel.plot(indices, values, "o", color=_HELD_OUT, label="another batch, same direction")
-        if self.micro_batches > 1:
+        if all(row.high is not None for row in self.rows):
             halves = [(row.high or 0.0) - row.corrected for row in self.rows]
             panel.errorbar(indices, values, yerr=halves, fmt="none", ecolor=_HELD_OUT, capsize=3, elinewidth=1)
         if min(same + values) > 0:

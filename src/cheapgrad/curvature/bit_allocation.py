@@ -80,7 +80,8 @@ def allocate_bits(layers: Sequence[LayerBits], budget: float) -> BitAllocation:
     solution that is known already.
 
     Args:
-        layers: at least one, with names of their own.
+        layers: at least one, with names of their own. Layers that have to agree, such as a residual connection and what
+            it is added to, are one: add their penalties and costs.
         budget: in the unit of the layers' costs.
 
     Returns:
@@ -207,7 +208,10 @@ def quantization_penalty(weight: Tensor, bits: int, trace: float) -> float:
     Args:
         weight: ``[O, ...]``.
         bits: from 2 to 16.
-        trace: of the curvature of the mean loss over the layer's weights: `measure_sensitivity`.
+        trace: of the curvature of the mean loss over the layer's weights: `measure_sensitivities`.
+
+    Returns:
+        The penalty, in the unit of the loss.
 
     Law:
         Exact for what it says; as a prediction of the loss it takes the rounding errors for unrelated to the

@@ -12,7 +12,7 @@ from torch import Tensor
 from cheapgrad.curvature._confidence import check_level, student_quantile
 from cheapgrad.curvature.finite_population import FinitePopulation
 from cheapgrad.curvature.operators import AbstractOperator
-from cheapgrad.errors import NonFiniteCurvatureError, ShapeError
+from cheapgrad.errors import NonFiniteCurvatureError, OperandError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class DirectionalEstimates:
     """One quantity (slope or curvature) along K directions, on the batch that chose them and on another.
 
     Attributes:
-        same_batch: ``[K]``, on batch a, which chose the directions: too large for leading ones.
+        same_batch: ``[K]``, on batch a, which chose the directions: too large for leading ones on average.
         held_out: ``[K]``, on batch b.
         corrected: ``[K]``, `held_out` with the correction for a finite population; `held_out` itself without one.
         standard_error: ``[K]``, of `corrected`, given the directions; NaN where b has a single micro-batch.
@@ -41,13 +41,14 @@ class DirectionalEstimates:
 
         Law:
             Student's t over the micro-batches of b, given the directions: exact where a micro-batch's value is normal.
-            Infinitely wide where b has a single micro-batch.
+            Infinitely wide where b has a single micro-batch, unless the population leaves nothing to be uncertain of.
 
         Raises:
             BudgetError: if `level` is out of range.
         """
         half = student_quantile(check_level(level), self.micro_batches - 1) * self.standard_error
-        half = torch.where(half.isnan(), torch.full_like(half, math.inf), half)
+        # Nothing uncertain has no width, however few micro-batches there are.
+        half = torch.where(self.standard_error == 0, 0.0, torch.where(half.isnan(), math.inf, half))
         return self.corrected - half, self.corrected + half
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,20 +130,17 @@ def measure_slope_along(
         given a.
 
     Raises:
-        ShapeError: if the gradients do not fit the directions.
+        ShapeError: if the gradients do not fit the directions, or each other's weights.
+        OperandError: if they are of another dtype or device than the directions.
+        NonFiniteCurvatureError: if a gradient is not finite.
 
     Example:
         >>> gradient_a = torch.tensor([3.0, 4.0])
         >>> measure_slope_along(gradient_a[:, None], gradient_a, torch.tensor([3.0, 3.0])).held_out
         tensor([21.], dtype=torch.float64)
     """
-    rows_BP = gradient_b.unsqueeze(0) if gradient_b.ndim == 1 else gradient_b
-    for name, size in (("gradient_a", gradient_a.shape[-1]), ("gradient_b", rows_BP.shape[-1])):
-        if gradient_a.ndim != 1 or rows_BP.ndim != 2 or size != directions_PK.shape[0]:
-            raise ShapeError(
-                f"{name} must be a vector of {directions_PK.shape[0]} parameters (gradient_b also one row for each "
-                f"micro-batch), but got shapes {tuple(gradient_a.shape)} and {tuple(gradient_b.shape)}"
-            )
+    check_gradients(gradient_a, gradient_b, directions_PK)
+    rows_BP = torch.atleast_2d(gradient_b)
     weights = weights or [1 / len(rows_BP)] * len(rows_BP)
     if len(weights) != len(rows_BP):
         raise ShapeError(f"gradient_b has {len(rows_BP)} rows, but batch b has {len(weights)} micro-batches")
@@ -193,6 +191,25 @@ def check_directions(directions_PK: Tensor, *operators: AbstractOperator) -> Non
             f"{int((~torch.isfinite(directions_PK)).sum())} entries of the directions are not finite; "
             "look at where they were computed"
         )
+
+
+def check_gradients(gradient_a: Tensor, gradient_b: Tensor, directions_PK: Tensor) -> None:
+    """Raise unless both batches' gradients are finite, and fit the directions in size, dtype and device."""
+    size = directions_PK.shape[0]
+    for name, gradient, ranks in (("gradient_a", gradient_a, {1}), ("gradient_b", gradient_b, {1, 2})):
+        if gradient.ndim not in ranks or gradient.shape[-1] != size:
+            raise ShapeError(
+                f"{name} must be a vector of {size} parameters (gradient_b also one row for each micro-batch), but got "
+                f"shapes {tuple(gradient_a.shape)} and {tuple(gradient_b.shape)}"
+            )
+        if gradient.dtype != directions_PK.dtype or gradient.device != directions_PK.device:
+            raise OperandError(
+                f"{name} is of {gradient.dtype} on {gradient.device}, the directions are of {directions_PK.dtype} on "
+                f"{directions_PK.device}; use {name}.to({directions_PK.device.type!r}, {directions_PK.dtype})"
+            )
+        bad = int((~torch.isfinite(gradient)).sum())
+        if bad:
+            raise NonFiniteCurvatureError(f"{bad} entries of {name} are not finite; look at the loss")
 
 
 def _quadratic_form(directions_PK: Tensor, operator: AbstractOperator) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cheapgrad.curvature.conjugate_gradient import check_damping
+from cheapgrad.curvature.operators.execution import check_deterministic, differentiable_mode, refuse_draws
 from cheapgrad.errors import NonFiniteCurvatureError, ShapeError, SingularCurvatureError
 
 
@@ -75,7 +76,7 @@ def gauss_newton_step(
     """Return the exact Gauss-Newton step of one batch for all parameters that need a gradient.
 
     Args:
-        model: in evaluation mode: examples must not depend on each other.
+        model: in evaluation mode if it has dropout or batch norms. Converted layers are exact here.
         loss_function: loss of **one** example: ``(output [C], target) -> scalar``; the batch's loss is the mean.
         inputs: ``[B, ...]``.
         targets: ``[B, ...]``.
@@ -90,6 +91,10 @@ def gauss_newton_step(
 
     Raises:
         ShapeError: if `loss_function` does not return a scalar for one example.
+        StochasticModelError: for dropout or batch norm in training mode, or if the forward pass draws.
+        BudgetError: if the damping is negative.
+        SingularCurvatureError: if the damping is zero, or too small for the dtype.
+        NonFiniteCurvatureError: if outputs or their derivatives are not finite.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -100,22 +105,24 @@ def gauss_newton_step(
         >>> bool((model(inputs) - targets).abs().max() < 1e-3)
         True
     """
+    check_deterministic(model)
     parameters = {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
 
     def outputs_of(values: dict[str, Tensor], example: Tensor) -> Tensor:
         return torch.func.functional_call(model, values, (example.unsqueeze(0),)).squeeze(0)
 
-    with torch.no_grad():
-        outputs = torch.stack([outputs_of(parameters, example) for example in inputs])
-    loss = loss_function(outputs[0], targets[0])
-    if loss.ndim != 0:
-        raise ShapeError(
-            f"loss_function must return the scalar loss of one example, but got the shape {tuple(loss.shape)} for an "
-            f"output of shape {tuple(outputs.shape[1:])}; sum over outputs"
-        )
-    gradient = torch.func.vmap(torch.func.grad(loss_function))(outputs, targets)
-    hessian = torch.func.vmap(torch.func.hessian(loss_function))(outputs, targets)
-    jacobians = torch.func.vmap(torch.func.jacrev(outputs_of), in_dims=(None, 0))(parameters, inputs)
+    with differentiable_mode(model, inputs.device):
+        with torch.no_grad(), refuse_draws(model, inputs.device):
+            outputs = torch.stack([outputs_of(parameters, example) for example in inputs])
+        loss = loss_function(outputs[0], targets[0])
+        if loss.ndim != 0:
+            raise ShapeError(
+                f"loss_function must return the scalar loss of one example, but got the shape {tuple(loss.shape)} for "
+                f"an output of shape {tuple(outputs.shape[1:])}; sum over outputs"
+            )
+        gradient = torch.func.vmap(torch.func.grad(loss_function))(outputs, targets)
+        hessian = torch.func.vmap(torch.func.hessian(loss_function))(outputs, targets)
+        jacobians = torch.func.vmap(torch.func.jacrev(outputs_of), in_dims=(None, 0))(parameters, inputs)
     B, C = len(inputs), outputs[0].numel()
     jacobian_BCP = torch.cat([each.reshape(B, C, -1) for each in jacobians.values()], -1)
     step = solve_gauss_newton(jacobian_BCP, hessian.reshape(B, C, C), gradient.reshape(B, C), damping=damping)

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from cheapgrad.curvature.operators import AbstractDataOperator, AbstractOperator, MeanOperator
 from cheapgrad.errors import OverlapError
 
 _LISTED = 5
+# Steps for a decision on two tensors' memory; ordinary slices take a few.
+_WORK = 100_000
+
+Region = npt.NDArray[Any]
 
 
 def check_disjoint(indices_a: Iterable[int], indices_b: Iterable[int]) -> None:
@@ -50,9 +57,10 @@ def check_independent(operator_a: AbstractOperator, operator_b: AbstractOperator
         operator_b: of the batch that measures along them.
 
     Law:
-        Sees identical operators, and examples all of whose tensors share memory, such as overlapping slices.
-        It cannot tell copies of the same examples, as indexing by a tensor makes them, from others; whoever draws them
-        uses `check_disjoint`. Batches that come from a loader are not looked at.
+        Sees identical operators, and examples all of whose tensors share memory, such as overlapping slices. Slices
+        that only interleave, such as even rows and odd ones, are apart. Copies of the same examples, as indexing by
+        a tensor makes them, look like others; whoever draws them uses `check_disjoint`. Batches that come from a loader
+        are not looked at.
 
     Raises:
         OverlapError: naming how many micro-batches are shared.
@@ -65,13 +73,19 @@ def check_independent(operator_a: AbstractOperator, operator_b: AbstractOperator
     # Kept until the end: an operator that was made on the fly could otherwise hand its identity on.
     parts_a, parts_b = _list_parts(operator_a), _list_parts(operator_b)
     own = {id(part) for part in parts_a}
-    spans = [span for part in parts_a for span in _spans_of(part)]
-    shared = sum(id(part) in own or _lies_in(_spans_of(part), spans) for part in parts_b)
+    regions = [region for part in parts_a for region in _regions_of(part)]
+    shared = sum(id(part) in own or _lies_in(_regions_of(part), regions) for part in parts_b)
     if operator_a is operator_b or shared:
         raise OverlapError(
             f"operators a and b share {max(shared, 1)} of {len(parts_b)} micro-batches, so b does not measure what a "
             "chose without bias; pass two batches of different examples, or use cross_fit on one"
         )
+
+
+def count_shared(inputs_a: Iterable[Any], inputs_b: Iterable[Any]) -> int:
+    """Return how many micro-batches of b, given by their inputs, hold nothing but memory that those of a hold too."""
+    regions = [region for inputs in inputs_a for region in _regions_of(inputs)]
+    return sum(_lies_in(_regions_of(inputs), regions) for inputs in inputs_b)
 
 
 def _list_parts(operator: AbstractOperator) -> list[Any]:
@@ -82,18 +96,40 @@ def _list_parts(operator: AbstractOperator) -> list[Any]:
     return held or [operator]
 
 
-def _spans_of(value: Any) -> list[tuple[int, int]]:
-    """Return first and last byte of all tensors in the inputs of a micro-batch."""
+class _Addresses:
+    """Where a tensor's entries lie, in the form that NumPy asks for; nobody reads what is there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        size = tensor.element_size()
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), True),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(size * stride for stride in tensor.stride()),
+            "typestr": f"|V{size}",
+            "version": 3,
+        }
+
+
+def _regions_of(value: Any) -> list[Region]:
+    """Return the memory of all tensors in the inputs of a micro-batch."""
     if isinstance(value, Mapping):
-        return [span for item in value.values() for span in _spans_of(item)]
+        return [region for item in value.values() for region in _regions_of(item)]
     if isinstance(value, (tuple, list)):
-        return [span for item in value for span in _spans_of(item)]
-    if not isinstance(value, Tensor) or value.numel() == 0 or value.is_meta:
+        return [region for item in value for region in _regions_of(item)]
+    if not isinstance(value, Tensor) or value.numel() == 0 or value.is_meta or value.layout is not torch.strided:
         return []
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    return [(value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size())]
+    return [np.asarray(_Addresses(value))]
 
 
-def _lies_in(spans: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
+def _lies_in(regions: list[Region], others: list[Region]) -> bool:
     """Whether every tensor overlaps one of the others: a mask alone may be shared by all batches."""
-    return bool(spans) and all(any(first < end and start < last for start, end in others) for first, last in spans)
+    return bool(regions) and all(any(_overlap(region, other) for other in others) for region in regions)
+
+
+def _overlap(region: Region, other: Region) -> bool:
+    try:
+        # NumPy takes any number; its annotation knows two.
+        return np.shares_memory(region, other, max_work=_WORK)  # pyright: ignore[reportArgumentType]
+    except np.exceptions.TooHardError:
+        # Strides that hardly occur: where the ranges meet, say so.
+        return True

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from cheapgrad.errors import BatchError
+from cheapgrad.errors import BatchError, SingularCurvatureError
 
 
 def correct_inverse(estimate: Tensor, variance: Tensor) -> Tensor:
@@ -32,8 +31,10 @@ def correct_inverse(estimate: Tensor, variance: Tensor) -> Tensor:
 
     Raises:
         BatchError: if a variance is not known (NaN) or negative.
+        SingularCurvatureError: if an estimate is zero, and its variance as well.
 
     Example:
+        >>> import torch
         >>> (
         ...     correct_inverse(torch.tensor([2.0]), torch.tensor([0.0])),
         ...     correct_inverse(torch.tensor([2.0]), torch.tensor([0.4])),
@@ -50,4 +51,10 @@ def correct_inverse(estimate: Tensor, variance: Tensor) -> Tensor:
             f"{unknown} of {variance.numel()} variances are {'not known' if math.isnan(worst) else worst}, and the "
             "bias of an inverse depends on them; give batch b at least two micro-batches"
         )
-    return estimate / torch.where(variance > 0, estimate.square() + variance, estimate.square())
+    squares = estimate.square() + variance
+    if bool((squares == 0).any()):
+        raise SingularCurvatureError(
+            f"{int((squares == 0).sum())} of {estimate.numel()} estimates are 0 without any uncertainty, and have no "
+            "inverse; add a positive damping to the curvature first"
+        )
+    return estimate / squares

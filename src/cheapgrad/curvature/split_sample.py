@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cheapgrad.curvature.conjugate_gradient import check_damping
 from cheapgrad.curvature.directional_estimates import (
     DirectionalEstimates,
+    check_gradients,
     measure_curvature_along,
     measure_slope_along,
 )
@@ -61,7 +63,16 @@ class SplitSample:
 
         Args:
             damping: added to the curvature, at least 0.
+
+        Law:
+            Unbiased to first order given the directions, as `correct_inverse` says.
+
+        Raises:
+            BudgetError: if the damping is out of range.
+            BatchError: if there is no standard error: batch b has a single micro-batch.
+            SingularCurvatureError: if a damped curvature is exactly zero, and certain.
         """
+        check_damping(damping)
         return correct_inverse(self.corrected + damping, self.standard_error.square())
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,7 +125,8 @@ def split_sample(
         BudgetError: if `count` is out of range.
         BatchError: if `population_size` is given, but an operator does not know its number of examples.
         ShapeError: if gradients or operators do not fit.
-        NonFiniteCurvatureError: if a product is not finite.
+        OperandError: if gradients are of another dtype or device than the curvature.
+        NonFiniteCurvatureError: if a product or a gradient is not finite.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -134,6 +146,7 @@ def split_sample(
     slope = None
     if gradients is not None:
         gradient_a, gradient_b = gradients
+        check_gradients(gradient_a, gradient_b, directions_PK)
         # An eigenvector has no sign of its own; batch a chooses it, like everything about a direction.
         uphill_K = torch.where(gradient_a @ directions_PK < 0, -1.0, 1.0).to(directions_PK.dtype)
         directions_PK = directions_PK * uphill_K

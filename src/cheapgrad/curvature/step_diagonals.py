@@ -7,7 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cheapgrad.errors import LossError, NonFiniteCurvatureError, check_count
+from cheapgrad.curvature.operators.execution import has_lost_derivative, walk_graph
+from cheapgrad.errors import (
+    LossError,
+    NonFiniteCurvatureError,
+    StochasticModelError,
+    UnsupportedModelError,
+    check_count,
+)
+
+# Where the functions of converted layers live; this room does not know them otherwise.
+_SKETCHED = "cheapgrad.ops."
 
 
 def estimate_hessian_diagonal(
@@ -41,6 +51,8 @@ def estimate_hessian_diagonal(
     Raises:
         LossError: if the loss is no scalar with a graph.
         BudgetError: if `draws` is no positive whole number.
+        UnsupportedModelError: if PyTorch lacks a second derivative.
+        SecondDerivativeError: if a converted layer has drawn in the forward pass: run it under ``handle.exact()``.
         NonFiniteCurvatureError: if a product is not finite.
 
     Example:
@@ -56,6 +68,11 @@ def estimate_hessian_diagonal(
     parameters = list(parameters)
     totals = [torch.zeros_like(parameter) for parameter in parameters]
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    if has_lost_derivative([loss, *(gradient for gradient in gradients if gradient is not None)]):
+        raise UnsupportedModelError(
+            "the loss goes through a function that is marked once_differentiable, whose part of the second derivative "
+            "would be missing; replace it by one with second derivatives"
+        )
     used = [gradient for gradient in gradients if gradient is not None and gradient.requires_grad]
     for _ in range(draws if used else 0):
         signs = [_draw_signs(parameter, generator) for parameter in parameters]
@@ -102,11 +119,13 @@ def estimate_gauss_newton_diagonal(
 
     Law:
         Unbiased for the batch's diagonal where `loss_function` is the likelihood that labels are drawn from: not with
-        label smoothing or class weights. Cost: one backward pass a draw.
+        label smoothing or class weights. Gradients are squared, so those of converted layers must be exact: run the
+        forward pass under ``handle.exact()``. Cost: one backward pass a draw.
 
     Raises:
         LossError: if the logits have no graph, or fewer than two axes.
         BudgetError: if `draws` is no positive whole number.
+        StochasticModelError: if the logits' gradient is sketched, whose square would add its variance.
         NonFiniteCurvatureError: if a gradient is not finite.
 
     Example:
@@ -124,6 +143,7 @@ def estimate_gauss_newton_diagonal(
             f"logits must be [..., C] with a graph, but got the shape {tuple(logits.shape)}, requires_grad="
             f"{logits.requires_grad}; pass the model's output, outside of torch.no_grad()"
         )
+    _check_exact(logits)
     rows_NC = logits.reshape(-1, logits.shape[-1])
     parameters = list(parameters)
     totals = [torch.zeros_like(parameter) for parameter in parameters]
@@ -139,6 +159,17 @@ def estimate_gauss_newton_diagonal(
                 total += len(rows_NC) / draws * gradient.square()
     _check_finite(totals)
     return totals
+
+
+def _check_exact(logits: Tensor) -> None:
+    """Raise `StochasticModelError` if a converted layer has drawn on the way to the logits."""
+    functions = [getattr(type(node), "_forward_cls", type(node)) for node in walk_graph([logits])]
+    sketched = sum(function.__module__.startswith(_SKETCHED) for function in functions)
+    if sketched:
+        raise StochasticModelError(
+            f"{sketched} layers on the way to the logits have sketched gradients, and the square of one is too "
+            "large by its variance; run the forward pass under `with handle.exact():`"
+        )
 
 
 def _draw_signs(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -8,8 +8,15 @@ from torch import nn
 
 import cheapgrad
 from cheapgrad.curvature.finite_population import FinitePopulation
-from cheapgrad.curvature.kronecker import CategoricalOutputs, KroneckerOptions, along_basis_of, ekfac, kfac
-from cheapgrad.errors import OperatorError, ShapeError, SingularCurvatureError
+from cheapgrad.curvature.kronecker import (
+    CategoricalOutputs,
+    GaussianOutputs,
+    KroneckerOptions,
+    along_basis_of,
+    ekfac,
+    kfac,
+)
+from cheapgrad.errors import OperatorError, OverlapError, ShapeError, SingularCurvatureError
 from cheapgrad.sketch import RowSample
 from tests.curvature.kronecker.cases import NETWORKS, build, double, randn
 
@@ -60,6 +67,24 @@ def test_the_population_mixture_is_exact_when_both_batches_are_all_there_is() ->
     stranger = ekfac(model, (second, torch.zeros(3)), CategoricalOutputs())
     with pytest.raises(OperatorError, match="layer 'embed' has another basis"):
         held_out.correct_for_population(stranger, FinitePopulation(7, 4, 3))
+
+
+def test_bases_are_told_apart_by_their_inputs_too() -> None:
+    """With one output, all bases of the outputs are the same."""
+    model = double(nn.Sequential(nn.Linear(3, 1)))
+    same, other = (ekfac(model, (randn(5, 3, seed=seed), torch.zeros(5)), GaussianOutputs()) for seed in (1, 2))
+    assert torch.equal(same.blocks[0].basis.outputs_QOO.abs(), other.blocks[0].basis.outputs_QOO.abs())
+    with pytest.raises(OperatorError, match="layer '0' has another basis"):
+        other.correct_for_population(same, FinitePopulation(10, 5, 5))
+
+
+@pytest.mark.parametrize("builder", [kfac, ekfac])
+def test_batches_that_overlap_are_named(builder: type) -> None:
+    model, x, y = double(nn.Sequential(nn.Linear(4, 2))), randn(9, 4), torch.zeros(9)
+    parts = [(x[start : start + 3], y[start : start + 3]) for start in (2, 4, 6)]
+    with pytest.raises(OverlapError, match="1 of 3 eigenvalue batches share examples"):
+        builder(model, (x[:4], y[:4]), GaussianOutputs(), eigenvalue_batches=parts)
+    assert builder(model, (x[:4], y[:4]), GaussianOutputs(), eigenvalue_batches=parts[1:]).example_count == 6
 
 
 def test_a_singular_system_without_damping_is_named() -> None:

@@ -172,7 +172,7 @@ class KroneckerCurvature(AbstractOperator):
         others = {block.layer.name: block for block in same_batch.blocks}
         for block in self.blocks:
             other = others.get(block.layer.name)
-            if other is None or not torch.equal(other.basis.outputs_QOO, block.basis.outputs_QOO):
+            if other is None or not block.basis.equals(other.basis):
                 raise OperatorError(
                     f"layer {block.layer.name!r} has another basis in the two curvatures, so that their eigenvalues "
                     "belong to other directions; measure both along one basis"

@@ -6,11 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cheapgrad.curvature.independence import count_shared
 from cheapgrad.curvature.kronecker.curvature import KroneckerBlock, KroneckerCurvature
 from cheapgrad.curvature.kronecker.eigenvalues import measure_eigenvalues
 from cheapgrad.curvature.kronecker.factors import BasisPair, measure_factors
 from cheapgrad.curvature.kronecker.outputs import AbstractOutputs
 from cheapgrad.curvature.kronecker.problem import KroneckerOptions, Problem, pose_problem
+from cheapgrad.curvature.operators.batches import Batches
+from cheapgrad.errors import OverlapError
 
 
 def kfac(
@@ -32,7 +35,7 @@ def kfac(
             targets.
         likelihood: of the outputs ``[B, ..., C]``; the loss is its negative logarithm, averaged over examples and
             summed over the positions of an example.
-        eigenvalue_batches: other examples for the eigenvalues; the same without it.
+        eigenvalue_batches: other examples for the eigenvalues; the same without it, or if it is `batches` itself.
         options: Fisher, weight sharing, parameters, reader.
 
     Returns:
@@ -48,6 +51,8 @@ def kfac(
     Raises:
         UnsupportedModelError: listing layers without factors.
         StochasticModelError: for dropout or batch norm in training mode.
+        OverlapError: if the second batches share memory with the first, such as overlapping slices. Copies of the same
+            examples cannot be seen: `check_disjoint`.
         NonFiniteCurvatureError: for outputs or factors that are not finite.
 
     Example:
@@ -65,6 +70,7 @@ def kfac(
         the idea; which variant is used there is not known to us.
     """
     problem = pose_problem(model, likelihood, options)
+    _check_apart(problem, batches, eigenvalue_batches)
     factors = measure_factors(problem, batches)
     basis = factors.find_basis()
     if eigenvalue_batches is not None:
@@ -89,7 +95,7 @@ def ekfac(
         model: as for `kfac`.
         batches: for the directions.
         likelihood: of the outputs.
-        eigenvalue_batches: other examples for the eigenvalues; the same without it.
+        eigenvalue_batches: other examples for the eigenvalues; the same without it, or if it is `batches` itself.
         options: Fisher, weight sharing, parameters, reader.
 
     Returns:
@@ -104,6 +110,7 @@ def ekfac(
     Raises:
         UnsupportedModelError: listing layers without factors.
         StochasticModelError: for dropout or batch norm in training mode.
+        OverlapError: if the second batches share memory with the first, as for `kfac`.
         NonFiniteCurvatureError: for outputs, factors or eigenvalues that are not finite.
 
     Example:
@@ -119,6 +126,7 @@ def ekfac(
         George et al. (2018), Fast approximate natural gradient descent in a Kronecker-factored eigenbasis.
     """
     problem = pose_problem(model, likelihood, options)
+    _check_apart(problem, batches, eigenvalue_batches)
     basis = measure_factors(problem, batches).find_basis()
     values, examples = measure_eigenvalues(
         problem, batches if eigenvalue_batches is None else eigenvalue_batches, basis
@@ -145,11 +153,37 @@ def along_basis_of(
 
     Returns:
         The curvature with its eigenvalues replaced.
+
+    Law:
+        The eigenvalues are the batches' own quadratic forms along the basis, as in `ekfac`. Which examples gave the
+        basis is not known here: whether the batches are others is the caller's to see to. One forward pass and C
+        backward passes per batch.
+
+    Raises:
+        UnsupportedModelError: listing layers without factors.
+        StochasticModelError: for dropout or batch norm in training mode.
+        NonFiniteCurvatureError: for outputs or eigenvalues that are not finite.
     """
     problem = pose_problem(model, likelihood, options)
     basis = {block.layer.name: block.basis for block in curvature.blocks}
     values, examples = measure_eigenvalues(problem, batches, basis)
     return _assemble(problem, basis, values, examples)
+
+
+def _check_apart(problem: Problem, batches: Any, eigenvalue_batches: Any) -> None:
+    """Raise `OverlapError` if the two share examples in memory; one object given twice is the same batch on purpose."""
+    if eigenvalue_batches is None or eigenvalue_batches is batches:
+        return
+    first, second = (
+        Batches(each, problem.options.reader, problem.selection.device).held_inputs()
+        for each in (batches, eigenvalue_batches)
+    )
+    shared = count_shared(first, second)
+    if shared:
+        raise OverlapError(
+            f"{shared} of {len(second)} eigenvalue batches share examples with those of the basis, so their "
+            "eigenvalues are not free of its bias; pass other examples, or the same object for the same batch"
+        )
 
 
 def _assemble(

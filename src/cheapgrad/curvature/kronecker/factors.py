@@ -42,6 +42,14 @@ class BasisPair:
     inputs_QII: Tensor | None
     outputs_QOO: Tensor
 
+    def equals(self, other: BasisPair) -> bool:
+        """Tell whether both hold the same eigenvectors, entry by entry."""
+        if not torch.equal(self.outputs_QOO, other.outputs_QOO):
+            return False
+        if self.inputs_QII is None or other.inputs_QII is None:
+            return self.inputs_QII is other.inputs_QII
+        return torch.equal(self.inputs_QII, other.inputs_QII)
+
     def rotate(self, block_QOI: Tensor) -> Tensor:
         """Return the coordinates ``Q_Gᵀ M Q_A`` of a block ``[..., Q, O, I]``."""
         rotated = self.outputs_QOO.mT @ block_QOI

@@ -13,7 +13,7 @@ from cheapgrad.curvature.kronecker.outputs import GaussianOutputs
 from cheapgrad.curvature.kronecker.problem import KroneckerOptions, Problem
 from cheapgrad.curvature.kronecker.tape import Tape, measuring, record
 from cheapgrad.curvature.laplace.posterior import KroneckerLaplace
-from cheapgrad.curvature.operators.batches import Batch
+from cheapgrad.curvature.operators.batches import Batch, move_to
 from cheapgrad.errors import check_count
 
 
@@ -94,7 +94,7 @@ def predict_linearised(posterior: KroneckerLaplace, inputs: Any) -> OutputDistri
     layers = tuple(block.layer for block in curvature.blocks)
     options = KroneckerOptions(reader=posterior.reader)
     problem = Problem(posterior.model, posterior.likelihood, options, curvature.selection, layers)
-    batch = Batch(_move_inputs(inputs, curvature.device), None, 1.0, 0)
+    batch = Batch(move_to(inputs, curvature.device), None, 1.0, 0)
     with measuring(problem), posterior.parameters_at(posterior.mean_P):
         tape = record(problem, batch)
         covariance = _propagate(posterior, tape)
@@ -131,13 +131,3 @@ def _propagate(posterior: KroneckerLaplace, tape: Tape) -> Tensor:
         rows = tape.rows[name].rotate(basis[name].inputs_QII)
         total += rows.weigh_gradients(torch.stack(columns.pop(name)), variances_QOI)
     return total
-
-
-def _move_inputs(inputs: Any, device: torch.device) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, dict):
-        return {key: _move_inputs(value, device) for key, value in inputs.items()}
-    return (
-        type(inputs)(_move_inputs(value, device) for value in inputs) if isinstance(inputs, (tuple, list)) else inputs
-    )

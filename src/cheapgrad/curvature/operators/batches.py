@@ -66,10 +66,10 @@ class BatchReader:
             BatchError: if it is neither a pair nor a dict, or counts for nothing.
         """
         if isinstance(given, Mapping):
-            moved = _move(given, device)
+            moved = move_to(given, device)
             inputs, targets = moved, moved
         elif is_pair(given):
-            inputs, targets = _move(given[0], device), _move(given[1], device)
+            inputs, targets = move_to(given[0], device), move_to(given[1], device)
         else:
             raise BatchError(
                 f"a batch is a pair (inputs, targets) or a dict, but got {_describe(given)}; wrap it, or give a dict "
@@ -153,13 +153,16 @@ class Batches:
         return part
 
 
-def _move(value: Any, device: torch.device) -> Any:
+def move_to(value: Any, device: torch.device) -> Any:
+    """Return the inputs or targets of a batch with all their tensors on the device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {key: _move(item, device) for key, item in value.items()}
+        return {key: move_to(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_move(item, device) for item in value)
+        items = [move_to(item, device) for item in value]
+        # A named tuple takes its items one by one.
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 

@@ -126,16 +126,12 @@ class AbstractDataOperator(AbstractOperator):
     def linearized(self) -> AbstractDataOperator:
         """Return this matrix at the present parameters, with all that does not depend on the operand computed once.
 
-        It holds the graph of a forward and a backward pass of every batch, and saves both in every product. Where that
-        would be no faster, the operator itself is returned: Gauss–Newton and Fisher matrices of models with
-        convolutions.
+        It holds the graph of a forward and a backward pass of every batch, and saves both in every product.
 
         Law:
             Products equal those of the operator. Parameters that change in place make the next product a
             `StaleGraphError`; a change through ``parameter.data`` goes unnoticed.
         """
-        if not self._linearizing_pays():
-            return self
         twin = copy.copy(self)
         twin._batches = self._batches.held()
         held: dict[int, BatchProduct] = {}
@@ -159,14 +155,11 @@ class AbstractDataOperator(AbstractOperator):
         Called in a differentiable mode; so is what it returns.
         """
 
-    def _check_graph(self, gradients: Sequence[Tensor]) -> None:
-        """Refuse gradients that cannot be differentiated, the first time that there are some."""
+    def _check_graph(self, tensors: Sequence[Tensor]) -> None:
+        """Refuse a graph that cannot be differentiated, the first time that there is one."""
         if not self._has_checked_graph:
-            check_twice_differentiable(self._model, gradients)
+            check_twice_differentiable(self._model, tensors)
             self._has_checked_graph = True
-
-    def _linearizing_pays(self) -> bool:
-        return True
 
     def _product_of(self, batch: Batch, rows_RP: Tensor) -> Tensor:
         """Return the products ``[R, P]`` of a batch's matrix with the rows ``[R, P]``."""

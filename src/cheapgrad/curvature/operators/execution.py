@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cheapgrad.errors import CheapgradError, StochasticModelError, UnsupportedModelError
@@ -25,6 +26,8 @@ _MISSING = (
     "not implemented for",
     "implement the jvp",
 )
+# What PyTorch wraps the backward passes in that it marks.
+_MARKED = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
 @contextlib.contextmanager
@@ -97,21 +100,40 @@ def is_missing_derivative(error: Exception) -> bool:
     return any(text in str(error).lower() for text in _MISSING)
 
 
-def check_twice_differentiable(model: nn.Module, gradients: Sequence[Tensor]) -> None:
-    """Look through the graph of a gradient for functions whose backward pass cannot be differentiated.
-
-    PyTorch marks them by a node that raises when it is run. A second backward pass towards chosen tensors does not run
-    it, since no chosen tensor lies behind it: what should have come through it would be missing without a word.
+def check_twice_differentiable(model: nn.Module, tensors: Sequence[Tensor]) -> None:
+    """Look through the graph of a loss or a gradient for functions whose backward pass cannot be differentiated.
 
     Raises:
         UnsupportedModelError: if there is one.
     """
-    open_nodes = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
+    if has_lost_derivative(tensors):
+        raise explain_missing(model, "one of its functions is marked once_differentiable")
+
+
+def has_lost_derivative(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether a function in the graph of tensors is marked once_differentiable.
+
+    PyTorch puts a node that raises behind its gradient, but not where the cotangent is a constant; nor does a second
+    backward pass towards chosen tensors run that node, since no chosen tensor lies behind it. What should have come
+    through it would be missing without a word.
+    """
+    return any(_is_marked(node) for node in walk_graph(tensors))
+
+
+def _is_marked(node: Node) -> bool:
+    function = getattr(type(node), "_forward_cls", None)
+    if function is not None:
+        return getattr(function.backward, "__code__", None) is _MARKED
+    return node.name() == "torch::autograd::Error"
+
+
+def walk_graph(tensors: Sequence[Tensor]) -> Iterator[Node]:
+    """Yield every node of the graph that tensors were computed by, once."""
+    open_nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     seen = set(open_nodes)
     while open_nodes:
         node = open_nodes.pop()
-        if node.name() == "torch::autograd::Error":
-            raise explain_missing(model, "one of its functions is marked once_differentiable")
+        yield node
         found = {following for following, _ in node.next_functions if following is not None} - seen
         seen |= found
         open_nodes += found

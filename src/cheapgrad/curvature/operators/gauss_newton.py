@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cheapgrad.curvature.operators.batches import Batch
+from cheapgrad.curvature.operators.execution import check_twice_differentiable
 from cheapgrad.curvature.operators.sandwich import AbstractSandwich, OutputProduct
 
 
@@ -50,6 +51,7 @@ class GaussNewton(AbstractSandwich):
     def _metric(self, outputs: Tensor, batch: Batch) -> OutputProduct:
         held = outputs.requires_grad_()
         loss = self._evaluate_loss(held, batch)
+        check_twice_differentiable(self._model, [loss])
         (cotangent,) = torch.autograd.grad(loss, held, create_graph=True, materialize_grads=True)
         if not cotangent.requires_grad:
             return torch.zeros_like

@@ -57,7 +57,7 @@ class Hessian(AbstractDataOperator):
     def _linearize(self, batch: Batch) -> BatchProduct:
         loss, leaves = self._loss_of(batch)
         gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
-        self._check_graph(gradients)
+        self._check_graph([loss, *gradients])
         # What is linear in the parameters has a gradient without a graph, and no curvature.
         curved = [index for index, gradient in enumerate(gradients) if gradient.requires_grad]
 

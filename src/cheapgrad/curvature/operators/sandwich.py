@@ -6,15 +6,16 @@ import abc
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import CheckpointError
 
 from cheapgrad.curvature.operators.batches import Batch
+from cheapgrad.curvature.operators.convolution import NativeConvolutions
 from cheapgrad.curvature.operators.data import AbstractDataOperator, BatchProduct, stack_rows
 from cheapgrad.curvature.operators.execution import is_missing_derivative
 from cheapgrad.errors import LossError
 
-_CONVOLUTIONS = nn.modules.conv._ConvNd
 OutputProduct = Callable[[Tensor], Tensor]
 
 
@@ -30,42 +31,45 @@ class AbstractSandwich(AbstractDataOperator):
     def _metric(self, outputs: Tensor, batch: Batch) -> OutputProduct:
         """Return the product with M at these outputs; M is symmetric, and the same at every call."""
 
-    def _linearizing_pays(self) -> bool:
-        # The kernels that differentiate a convolution's backward pass are slower than the convolution itself.
-        return not any(isinstance(module, _CONVOLUTIONS) for module in self._model.modules())
+    # Whether forward mode may be tried: not again where it once failed.
+    _goes_forward = True
 
     def _product_of(self, batch: Batch, rows_RP: Tensor) -> Tensor:
-        is_held = batch.index in self._held
-        if not is_held and (len(rows_RP) == 1 or not self._linearizing_pays()):
+        if self._goes_forward and batch.index not in self._held and len(rows_RP) == 1:
             try:
-                return stack_rows([self._multiply_forward(batch, row_P) for row_P in rows_RP])
+                return stack_rows([self._multiply_forward(batch, rows_RP[0])])
             except (RuntimeError, NotImplementedError) as error:
-                # Going back needs no forward mode, and is only a little slower.
-                if not is_missing_derivative(error):
+                # Going back needs no forward mode, and is only a little slower. Checkpoints do not keep tangents.
+                if not (is_missing_derivative(error) or isinstance(error, CheckpointError)):
                     raise
+                self._goes_forward = False
         return super()._product_of(batch, rows_RP)
 
     def _linearize(self, batch: Batch) -> BatchProduct:
         leaves = self._leaves()
-        outputs = self._check_outputs(self._run(leaves, batch), batch)
-        metric = self._metric(outputs.detach(), batch)
         inputs = list(leaves.values())
-        cotangent = torch.zeros_like(outputs, requires_grad=True)
-        pulled = torch.autograd.grad(outputs, inputs, cotangent, create_graph=True, allow_unused=True)
+        with NativeConvolutions() as native:
+            outputs = self._check_outputs(self._run(leaves, batch), batch)
+            cotangent = torch.zeros_like(outputs, requires_grad=True)
+            with native.from_zeros():
+                pulled = torch.autograd.grad(outputs, inputs, cotangent, create_graph=True, allow_unused=True)
+        metric = self._metric(outputs.detach(), batch)
         # Leaves that the outputs do not depend on.
         used = [index for index, tensor in enumerate(pulled) if tensor is not None]
         self._check_graph([pulled[index] for index in used])
 
         def multiply(vector_P: Tensor) -> Tensor:
             directions = list(self.split(vector_P).values())
-            (tangent,) = torch.autograd.grad(
-                [pulled[index] for index in used],
-                cotangent,
-                grad_outputs=[directions[index] for index in used],
-                retain_graph=True,
-                materialize_grads=True,
-            )
-            return self._pull_back(outputs, metric(tangent), inputs, retain_graph=True)
+            # Checkpoints run forward again in here, and have to run what they ran before.
+            with NativeConvolutions():
+                (tangent,) = torch.autograd.grad(
+                    [pulled[index] for index in used],
+                    cotangent,
+                    grad_outputs=[directions[index] for index in used],
+                    retain_graph=True,
+                    materialize_grads=True,
+                )
+                return self._pull_back(outputs, metric(tangent), inputs, retain_graph=True)
 
         return multiply
 

@@ -15,7 +15,9 @@ from cheapgrad.convert.predictions import predict_sizes, predict_variances
 from cheapgrad.convert.scopes import close_scopes
 from cheapgrad.convert.sketched_layer import Probe, SketchedLayer, Switch, sketched_class
 from cheapgrad.convert.summary import render_summary
+from cheapgrad.cost import CostComparison, compare, scan
 from cheapgrad.errors import ConversionError, ModelTypeError, ShapeError
+from cheapgrad.exactness import forced_exact
 
 
 class Handle:
@@ -50,7 +52,11 @@ class Handle:
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
-        """Run the stock code of every layer inside the context: exact gradients, second derivatives allowed."""
+        """Run the stock code of every layer inside the context: exact gradients, second derivatives allowed.
+
+        Copies of the model have a switch of their own, which is off; so has the one that ``scan(model, fake=True)``
+        makes. `measure_cost` knows about that.
+        """
         self._check_live()
         self._switch.exact_depth += 1
         try:
@@ -125,6 +131,40 @@ class Handle:
         return {
             id(tensor): gradient for tensor, gradient in zip(wanted, gradients, strict=True) if gradient is not None
         }
+
+    def measure_cost(
+        self, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, fake: bool = False, **kwargs: Any
+    ) -> CostComparison:
+        """Scan a training step of the model twice, exact and as converted, and put the two ledgers side by side.
+
+        Where the rows of the handle are modelled from laws, layer by layer, this is counted: which of dX and dW a layer
+        really computes, and what the network holds when a neighbour keeps the same tensor.
+
+        Args:
+            *inputs: of the model's forward.
+            loss: called with the model's output; see `cheapgrad.scan`.
+            fake: scan without data and without memory.
+            **kwargs: of the model's forward.
+
+        Returns:
+            The figures of every module before (exact) and after (sketched), and the totals.
+
+        Raises:
+            ConversionError: if the handle was reverted. What `cheapgrad.scan` refuses or runs into is raised as there.
+
+        Example:
+            >>> import cheapgrad
+            >>> model = nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 128))
+            >>> handle = cheapgrad.approximate(model, cheapgrad.Rule(cotangent=cheapgrad.sketch.RowSample(keep=0.5)))
+            >>> cost = handle.measure_cost(torch.randn(64, 128))
+            >>> cost.before.backward_flops / cost.after.backward_flops
+            2.0
+        """
+        self._check_live()
+        # Not this handle's own switch: a copy of the model, as a scan without data makes one, does not share it.
+        with forced_exact():
+            exact = scan(self.model, *inputs, loss=loss, fake=fake, **kwargs)
+        return compare(exact, scan(self.model, *inputs, loss=loss, fake=fake, **kwargs))
 
     def summary(self) -> str:
         """Return the table of converted and skipped layers with predicted bytes, FLOPs and relative variance."""

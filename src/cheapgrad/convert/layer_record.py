@@ -22,8 +22,8 @@ class LayerRecord:
         cotangent: the strategy as text, or None.
         exact_saved_bytes: bytes of the whole input, or None before a batch was seen.
         saved_bytes: bytes kept instead.
-        exact_backward_flops: FLOPs of the exact products dX and dW.
-        backward_flops: FLOPs of the sketched ones.
+        exact_backward_flops: FLOPs of the exact products dX and dW, both of them, whether or not both are needed.
+        backward_flops: FLOPs of the sketched ones. `Handle.measure_cost` counts what really runs.
         weight_variance: ``E ||dW_hat - dW||**2`` of this layer alone, or None before `Handle.predict`.
         weight_norm_squared: ``||dW||**2``.
         input_variance: ``E ||dX_hat - dX||**2`` of this layer alone, or None.

@@ -6,37 +6,7 @@ import io
 from collections.abc import Sequence
 
 from cheapgrad.convert.layer_record import LayerRecord
-
-
-def format_bytes(count: float | None) -> str:
-    """Return bytes in the unit people read, a dash if unknown.
-
-    >>> format_bytes(3 * 2**20)
-    '3.00 MiB'
-    """
-    if count is None:
-        return "-"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return "-"
-
-
-def format_flops(count: float | None) -> str:
-    """Return FLOPs in the unit people read, a dash if unknown.
-
-    >>> format_flops(2.5e9)
-    '2.50 GFLOP'
-    """
-    if count is None:
-        return "-"
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if count < 1000 or unit == "P":
-            return f"{count:.2f} {unit}FLOP"
-        count /= 1000
-    return "-"
-
+from cheapgrad.cost.units import format_bytes, format_flops
 
 # Columns that may be broken over lines, with their least width: nothing is cut out of them.
 _FOLDED = {"kind": 8, "status": 44}
@@ -105,7 +75,8 @@ def _footnotes(rows: Sequence[LayerRecord]) -> list[str]:
     if any(row.status == "converted" and row.weight_variance is None and row.exact_backward_flops != 0 for row in rows):
         notes.append("relative variances appear after handle.predict(closure)")
     notes.append(
-        "a neighbour (a ReLU, a norm) may keep the same input, and then more is held than before: "
-        "measure the network with cheapgrad.cost.measure_held_bytes"
+        "bytes and FLOPs are modelled layer by layer, as if every layer needed dX and dW; a neighbour (a ReLU, a norm) "
+        "may keep the same input, and then more is held than before: handle.measure_cost(batch), two runs of "
+        "cheapgrad.scan, counts what really runs and what the network holds"
     )
     return notes

@@ -89,7 +89,7 @@ class SketchedLayer(nn.Module):
 
     _cheapgrad: Conversion
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the stock forward, with a sketched backward while training."""
         conversion = self._cheapgrad
         if not args and conversion.kind.input_name in kwargs:

@@ -38,7 +38,8 @@ class LayerKind:
     Attributes:
         name: the stock module's name.
         accepts: tells whether a module's class is of this kind (its forward is the stock one).
-        run: ``(module, plan, *inputs) -> output``, bit-identical to the stock forward.
+        run: ``(module, plan, *inputs) -> output``, bit-identical to the stock forward, a tensor or a tuple of which it
+            is the first.
         sizes: module to (input features, output features), or None where budgets do not depend on them.
         shape: (module, input, output) to the sizes that costs are functions of.
         flops: (strategy or None for exact, moment, sizes) to the FLOPs of dX and dW.
@@ -57,7 +58,7 @@ class LayerKind:
 
     name: str
     accepts: Callable[[type[nn.Module]], bool]
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
     sizes: Callable[[Any], tuple[int, int]] | None
     shape: Callable[[Any, Tensor, Tensor], Any]
     flops: Callable[[AbstractStrategy | None, Moment, Any], float]

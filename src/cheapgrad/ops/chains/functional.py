@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _autograd  # type: ignore[attr-defined] - private, and the only way to see the hooks around
 
 from cheapgrad.ops.activations import Activation
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.chain import Chain, Link, chain_of_node, settle
+from cheapgrad.ops.chains.rebuilding import current_scope
 from cheapgrad.ops.chains.watching import is_observed
 from cheapgrad.sketch import AbstractStrategy
 
@@ -53,10 +55,11 @@ def recognise_chain(x: Tensor, stored: AbstractStrategy | None) -> Chain | None:
         x: the output of the activation.
         stored: codec for the activation's derivative, or None to keep what autograd keeps.
 
-    Works in eager mode only: compiled graphs and torch.func transforms show no autograd graph. A tensor that was
-    overwritten, or whose gradient somebody asked to see, is not passed over.
+    Works in eager mode only: compiled graphs and torch.func transforms show no autograd graph, and to read what a node
+    saved would make a checkpoint run its block again. A tensor that was overwritten, or whose gradient somebody asked
+    to see, is not passed over.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_inside_checkpoint():
         return None
     node: Any = x.grad_fn
     describe = _NODES.get(node.name()) if node is not None else None
@@ -77,3 +80,10 @@ def recognise_chain(x: Tensor, stored: AbstractStrategy | None) -> Chain | None:
     # The activation's own node holds the tensor that codes are to replace.
     is_linked = chain.is_linked and stored is None
     return dataclasses.replace(chain, links=(*settle(chain).links, link), version=x._version, is_linked=is_linked)
+
+
+def _is_inside_checkpoint() -> bool:
+    """Tell whether a checkpoint (not a reentrant one) decides what is saved here."""
+    scope = current_scope()
+    hooks = (_autograd._top_saved_tensors_default_hooks(True), scope.outer_hooks if scope is not None else None)
+    return any(pair is not None and pair[0].__module__ == "torch.utils.checkpoint" for pair in hooks)

@@ -122,6 +122,11 @@ class RebuildScope:
         self._token: Any = None
 
     @property
+    def outer_hooks(self) -> Any:
+        """The hooks around this scope, or None."""
+        return self._outer
+
+    @property
     def is_nested(self) -> bool:
         """Whether somebody else's hooks are around this scope."""
         return self._outer is not None

@@ -19,9 +19,9 @@ from cheapgrad.demo.noise import NoiseMeter
 from cheapgrad.demo.setups import Setup
 from cheapgrad.demo.timing import find_batch_size, make_batch_ladder, time_steps
 from cheapgrad.demo.training import measure_accuracy, train
+from cheapgrad.environment import describe_environment
 from cheapgrad.errors import BudgetError, MissingExtraError, OutputError
 from cheapgrad.files import prepare_directory, write_whole
-from cheapgrad.reporting.environment import describe_environment
 from cheapgrad.sketch import LowRank, RowSample
 
 TINY = Setup("tiny", "64 - 16 - 16 - 10", partial(DigitsMLP, 16), 32, 4, 1e-2, 24)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from cheapgrad._version import __version__
-from cheapgrad.cli import curvature_command, demo_command, report_command, scan_command
+from cheapgrad.cli import curvature_command, demo_command, doctor_command, report_command, scan_command
 from cheapgrad.errors import CheapgradError
 
 _INTERRUPTED = 130
@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; by default those of the process.
 
     Returns:
-        The exit status: 0 if all went well, 1 if a gradient was found to be biased, 2 after an error, which is printed
-        on one line, 130 if interrupted.
+        The exit status: 0 if all went well, 1 if a gradient was found to be biased or the environment broken, 2 after
+        an error, which is printed on one line, 130 if interrupted.
     """
     parser = _Parser(
         prog="cheapgrad",
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scan_command.add_parser(commands)
     curvature_command.add_parser(commands)
     report_command.add_parser(commands)
+    doctor_command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)

@@ -19,10 +19,10 @@ from cheapgrad.demo.model_run import AddBar, Amounts, ModelRun
 from cheapgrad.demo.setups import SETUPS, WIDE, Setup, make_quick
 from cheapgrad.demo.timing import WARM_UP_ROUNDS, time_steps
 from cheapgrad.demo.workers import open_workers
+from cheapgrad.environment import describe_environment
 from cheapgrad.errors import MissingExtraError, check_count
 from cheapgrad.files import prepare_directory, write_whole
 from cheapgrad.reporting import DemoRecord, RecordDirectory, RecordFile, StepRecord, draw_scatter, render_page
-from cheapgrad.reporting.environment import describe_environment
 
 if TYPE_CHECKING:
     from rich.console import Console

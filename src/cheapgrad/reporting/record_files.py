@@ -11,6 +11,7 @@ from typing import Any
 from cheapgrad.auditing.report import AuditReport
 from cheapgrad.cost.comparison import CostComparison
 from cheapgrad.cost.report import CostReport
+from cheapgrad.environment import Examination
 from cheapgrad.errors import RecordError, nearest_match
 from cheapgrad.reporting.field_types import find_misfit
 from cheapgrad.reporting.records import DemoRecord
@@ -40,6 +41,7 @@ class RecordKind:
 KINDS = (
     RecordKind("cheapgrad.audit", 1, AuditReport, AuditReport.from_dict, frozenset({"subject", "band", "layers"})),
     RecordKind("cheapgrad.demo", 1, DemoRecord, DemoRecord.from_dict, frozenset({"data", "seeds", "models", "wide"})),
+    RecordKind("cheapgrad.doctor", 1, Examination, Examination.from_dict, frozenset({"healthy", "findings"})),
     RecordKind(
         "cheapgrad.scan", 1, CostReport, CostReport.from_dict, frozenset({"rows", "total", "operations", "uncounted"})
     ),

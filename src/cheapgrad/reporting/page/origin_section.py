@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cheapgrad.environment import BROKEN, Examination
 from cheapgrad.reporting.figures import UNKNOWN
 from cheapgrad.reporting.markup import Html, element
 from cheapgrad.reporting.page.tables import Column, head_cell, make_table, text_cell
@@ -13,6 +14,7 @@ _NOT_RECORDED = "not recorded"
 def write_origin_section(directory: RecordDirectory) -> Html:
     """Return the section on where the numbers come from; files that were not understood are in it."""
     parts = [_write_files(directory), _write_commands(directory), _write_environments(directory)]
+    parts += [_write_examination(file) for file in directory.files if isinstance(file.record, Examination)]
     return element("section", element("h2", "Where this comes from"), *parts, id="origin")
 
 
@@ -59,6 +61,21 @@ def _write_environments(directory: RecordDirectory) -> Html:
     if silent:
         parts.append(element("p", f"Not recorded in {', '.join(silent)}."))
     return element("div", *parts)
+
+
+def _write_examination(file: RecordFile) -> Html:
+    rows = [
+        [
+            head_cell(finding.name),
+            text_cell(finding.status, class_="alarm" if finding.status == BROKEN else None),
+            text_cell(finding.found),
+            text_cell(finding.advice or UNKNOWN),
+        ]
+        for finding in file.record.findings
+    ]
+    columns = (Column("check"), Column("status"), Column("found"), Column("advice"))
+    # Several examinations may lie in one directory.
+    return make_table(f"doctor-{file.name}", f"What cheapgrad doctor found ({file.name})", columns, rows)
 
 
 def _write_entry(value: object) -> str:

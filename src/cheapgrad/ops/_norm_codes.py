@@ -52,11 +52,11 @@ def encode_normalised(
         twice: whether there is a second one.
     """
     rows, columns = matrix_sizes(x.shape)
-    x_RS, centre_RS, scale_RS = x.reshape(rows, columns), centre_BC.reshape(rows, -1), scale_BC.reshape(rows, -1)
+    x_NI, centre_NI, scale_NI = x.reshape(rows, columns), centre_BC.reshape(rows, -1), scale_BC.reshape(rows, -1)
     codecs = (codec, second_codec(codec)) if twice else (codec,)
     pieces = []
     for piece in _pieces(x, codec.group):
-        matrix = torch.sub(x_RS[piece].to(scale_RS.dtype), centre_RS[piece]) * scale_RS[piece]
+        matrix = torch.sub(x_NI[piece].to(scale_NI.dtype), centre_NI[piece]) * scale_NI[piece]
         operands = Operands(Moment.STORED, DenseMatrix(matrix))
         pieces.append([tensor for each in codecs for tensor in each.store(operands)])
     return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*pieces, strict=True))
@@ -84,11 +84,11 @@ class NormCodes:
         Args:
             grad: ``[B, C, ...]``.
         """
-        grad_RS = self._as_rows(grad)
+        grad_NI = self._as_rows(grad)
         first, second = self.codes[:_PARTS], self.codes[_PARTS:]
 
         def sums(piece: slice) -> tuple[Tensor, ...]:
-            part = self._pixels(grad_RS[piece].to(self.dtype))
+            part = self._pixels(grad_NI[piece].to(self.dtype))
             products = (self._pixels(self._decode(code, codec, piece)) * part for code, codec in with_codecs)
             return part.sum(1), *(product.sum(1) for product in products)
 
@@ -98,11 +98,11 @@ class NormCodes:
 
     def combine(self, grad: Tensor, *, of_grad: Tensor, of_code: Tensor, constant: Tensor) -> Tensor:
         """Return ``of_grad * grad + of_code * first code + constant``; the factors are ``[B, C]``."""
-        rows = grad_RS = self._as_rows(grad)
-        factors = [factor.reshape(rows.shape[0], -1) for factor in (of_grad, of_code, constant)]
+        grad_NI = self._as_rows(grad)
+        factors = [factor.reshape(grad_NI.shape[0], -1) for factor in (of_grad, of_code, constant)]
 
         def combine(piece: slice) -> tuple[Tensor, ...]:
-            result = grad_RS[piece].to(self.dtype) * factors[0][piece]
+            result = grad_NI[piece].to(self.dtype) * factors[0][piece]
             code = self._decode(self.codes[:_PARTS], self.codec, piece)
             return (torch.addcmul(result, code, factors[1][piece]) + factors[2][piece],)
 

@@ -21,7 +21,7 @@ _ALLOWED_BITS = (2, 4, 8)
 # Each group keeps its lowest value and its step in bfloat16.
 _GROUP_BYTES = 4
 # Entries worked on at a time on a CPU, so that what lies between two steps stays in the processor's cache.
-_CHUNK = 1 << 17
+_CHUNK = 1 << 19
 # The largest position stays this far below the last code, so that no rounding makes a dither pass beyond it.
 _MARGIN = 1 + 2.0**-20
 
@@ -109,12 +109,8 @@ class StochasticRounding(AbstractStrategy):
 
     def entry_variance(self, matrix_NI: Tensor) -> Tensor:
         """Return ``s**2 f (1 - f)`` per entry, in float64."""
-        groups = _as_groups(matrix_NI, self.group)
-        low, step = _scales(groups, self.bits)
-        position = torch.where(step != 0, (groups - low) / torch.where(step != 0, step, 1.0), 0.0).double()
-        fraction = position - position.floor()
-        noise = step.double() ** 2 * fraction * (1 - fraction)
-        return noise.flatten()[: matrix_NI.numel()].view(matrix_NI.shape)
+        step_NI, up_NI = rounding_steps(matrix_NI, self)
+        return step_NI**2 * up_NI * (1 - up_NI)
 
     def _saved_bytes(self, shape: LayerShape, moment: Moment) -> float:
         groups = -(-shape.rows * shape.inputs // self.group)
@@ -157,6 +153,15 @@ class EncodedMatrix(AbstractStoredMatrix):
         packed = self._packed.index_select(0, index_K)
         scales = self._scales.view(self._rows, -1, 2).index_select(0, index_K)
         return self._decode(packed, scales.flatten(0, 1)).view(-1, self._inputs)
+
+
+def rounding_steps(matrix_NI: Tensor, codec: StochasticRounding) -> tuple[Tensor, Tensor]:
+    """Return the step s and the chance f of being rounded up, per entry, in float64."""
+    groups = _as_groups(matrix_NI, codec.group)
+    low, step = _scales(groups, codec.bits)
+    position = torch.where(step != 0, (groups - low) / torch.where(step != 0, step, 1.0), 0.0).double()
+    both = (step.double().expand(groups.shape), position - position.floor())
+    return tuple(part.flatten()[: matrix_NI.numel()].view(matrix_NI.shape) for part in both)  # type: ignore[return-value]
 
 
 def _as_groups(matrix: Tensor, group: int) -> Tensor:

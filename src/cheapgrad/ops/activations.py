@@ -19,7 +19,7 @@ from cheapgrad.sketch.fixed_range import FixedRange, Grid
 from cheapgrad.sketch.transforms import is_transformed
 
 # Entries worked on at a time on a CPU, so that what lies between two steps stays in the processor's cache.
-_PIECE = 1 << 17
+_PIECE = 1 << 19
 
 
 @dataclass(frozen=True)

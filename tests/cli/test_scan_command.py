@@ -70,6 +70,13 @@ def test_fake_needs_no_memory(capsys):
     assert report.fake
 
 
+@pytest.mark.parametrize("top", ["-3", "few"])
+def test_number_of_lines_is_checked(capsys, top):
+    with pytest.raises(SystemExit, match="2"):
+        main(["scan", "scan_models:make", "--top", top])
+    assert f"must be a whole number of at least 0, but got '{top}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch import nn
@@ -81,7 +79,6 @@ def test_model_stays_real():
 def test_models_that_fit_no_machine(of_inputs):
     with torch.device("meta"):
         model = nn.Sequential(nn.TransformerEncoderLayer(8192, 64, 32768, batch_first=True), nn.LSTM(8192, 8192))
-    began = time.perf_counter()
     if of_inputs == "meta":
         x = torch.empty(16, 4096, 8192, device="meta")
     else:
@@ -92,4 +89,3 @@ def test_models_that_fit_no_machine(of_inputs):
     assert report.row("1").forward_flops == 2 * rows * 8 * width * width
     assert report.total.parameters > 1_000_000_000
     assert "without their workspace" in report.remarks[0]
-    assert time.perf_counter() - began < 60

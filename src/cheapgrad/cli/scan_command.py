@@ -36,8 +36,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--fake", action="store_true", help="without data or memory: the factory runs on the meta device"
     )
-    parser.add_argument("--top", type=int, default=20, metavar="N", help="lines of the table (default: 20; 0: all)")
+    parser.add_argument(
+        "--top", type=_read_count, default=20, metavar="N", help="lines of the table (default: 20; 0: all)"
+    )
     parser.set_defaults(run=run)
+
+
+def _read_count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, but got {text!r}")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -51,11 +51,13 @@ def peak_memory(step: Callable[[], object], *, device: torch.device | str | None
         On a GPU it is the allocator's own count: exact, rounding of block sizes included. On the CPU it is the sum over
         the storages that operations have returned and that are still alive, each counted once: the buffers that a
         kernel makes and drops while it runs are not in it, and memory that was live before the step and is freed during
-        it is not taken off. A second run of the same step may need more: optimizers make their state in the first one.
+        it is not taken off. What a step leaves behind (gradients, the state of an optimizer) is in the peak of the run
+        that makes it, and live before the next.
 
-    >>> import torch
-    >>> peak_memory(lambda: torch.ones(1000).exp().sum()).peak_bytes
-    8000
+    Example:
+        >>> import torch
+        >>> peak_memory(lambda: torch.ones(1000).exp().sum()).peak_bytes
+        8000
     """
     place = _choose_device(device)
     if place.type == "cuda":

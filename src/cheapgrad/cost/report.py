@@ -49,7 +49,8 @@ class OperationCost:
     Attributes:
         module: qualified name of the module.
         operation: such as ``"aten::addmm"``, or the class of a custom function. Backward FLOPs and saved bytes stand
-            with the operation of the forward pass that caused them.
+            with the operation of the forward pass that caused them; ``"(checkpoint)"`` is what a checkpoint keeps to
+            run again, ``"(elsewhere)"`` what is held by a graph that does not lead to the output.
         calls: of counted operations, how often they ran in the forward pass.
         forward_flops: see `Figures`.
         backward_flops: see `Figures`.

@@ -70,7 +70,7 @@ def scan(
     Law:
         Exact: the figures of all rows add up to the total, and the total equals `torch.utils.flop_counter` wherever
         that is right; where it is not, see the documentation. It says nothing of time, and bytes held are not peak
-        memory (`peak_memory`).
+        memory (`peak_memory`). Not for forward passes that take gradients by `torch.func`: those allow no hooks.
 
     Raises:
         ModelTypeError: `model` is not a module.

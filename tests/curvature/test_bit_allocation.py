@@ -13,6 +13,7 @@ import torch
 from cheapgrad.curvature import bit_allocation
 from cheapgrad.curvature.bit_allocation import LayerBits, allocate_bits, quantization_penalty
 from cheapgrad.errors import BudgetError, ShapeError
+from tests.curvature import published_bits
 
 
 def draw_layers(count, choices, seed, integers=False):
@@ -72,6 +73,34 @@ def test_networks_of_published_size_equal_integer_programming(count, choices):
             options={"mip_rel_gap": 0.0},
         )
         assert allocate_bits(layers, budget).penalty <= solved.fun * penalties.max() * (1 + 1e-6)
+
+
+def published_layers(what):
+    """Return the layers of ResNet18, tied ones as one, and the places of those that each stands for."""
+    tied = {index: pair for pair in published_bits.TIED for index in pair}
+    groups = [tied.get(index, (index,)) for index in range(len(published_bits.TRACES))]
+    groups = list(dict.fromkeys(groups))
+    traces, errors, costs = published_bits.TRACES, published_bits.ERRORS, published_bits.COSTS[what]
+    layers = [
+        LayerBits(
+            str(group),
+            (4, 8),
+            tuple(math.fsum(traces[index] * errors[bits][index] for index in group) for bits in (4, 8)),
+            tuple(math.fsum(costs[bits][index] for index in group) for bits in (4, 8)),
+        )
+        for group in groups
+    ]
+    return layers, groups
+
+
+@pytest.mark.parametrize(("what", "share"), published_bits.PUBLISHED)
+def test_published_tables_come_out(what, share):
+    layers, groups = published_layers(what)
+    lowest, highest = (math.fsum(layer.costs[place] for layer in layers) for place in (0, 1))
+    found = allocate_bits(layers, lowest + share * (highest - lowest))
+    bits = {index: found.bits[layer.name] for layer, group in zip(layers, groups, strict=True) for index in group}
+    expected = published_bits.PUBLISHED[what, share].replace(" ", "")
+    assert "".join(str(bits[index]) for index in range(len(expected))) == expected
 
 
 def test_more_budget_never_hurts():

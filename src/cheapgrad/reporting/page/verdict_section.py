@@ -53,8 +53,8 @@ def find_verdict(views: Views) -> Verdict:
     )
     return Verdict(
         "unbiased",
-        f"No bias found in {len(audited)} gradient{'s' * (len(audited) != 1)}: the largest |z| is "
-        f"{largest}, and chance explains up to {format_figure(closest.band, format_z)}{power}.",
+        f"No bias found in {len(audited)} gradient{'s' * (len(audited) != 1)}: nearest to the edge of what chance "
+        f"explains is {closest.label}, |z| = {largest} of {format_figure(closest.band, format_z)}{power}.",
     )
 
 

@@ -1,0 +1,87 @@
+"""``cheapgrad report``."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from cheapgrad.cli import main
+from tests.reporting.page_reader import find, read, read_table, text_of
+from tests.reporting.records import make_record
+
+
+@pytest.fixture
+def runs(tmp_path):
+    directory = tmp_path / "runs"
+    directory.mkdir()
+    (directory / "demo.json").write_text(json.dumps(make_record().to_dict()))
+    return directory
+
+
+def test_page_is_written(runs, tmp_path, capsys):
+    out = tmp_path / "new" / "report.html"
+    assert main(["report", str(runs), "-o", str(out), "--title", "a < b"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}: 1 record of {runs}\n"
+    assert captured.err == ""
+    page = read(out.read_text())
+    assert text_of(page.find(".//h1")) == "a < b"
+    assert "No bias found" in text_of(find(page, "verdict"))
+    assert [path.name for path in out.parent.iterdir()] == ["report.html"]
+
+
+def test_page_is_here_unless_told(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "runs"]) == 0
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_strangers_are_named_on_standard_error_and_on_the_page(runs, tmp_path, capsys):
+    (runs / "package.json").write_text('{"name": "x"}')
+    out = tmp_path / "report.html"
+    assert main(["report", str(runs), "-o", str(out)]) == 0
+    expected = "cheapgrad: not understood: package.json: it states no kind, and no record has its keys\n"
+    assert capsys.readouterr().err == expected
+    assert read_table(read(out.read_text()), "files")[1]["package.json"][0] == "not understood"
+
+
+def failed(capsys, *arguments):
+    assert main(["report", *map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("cheapgrad: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_broken_record_leaves_an_older_page_alone(runs, tmp_path, capsys):
+    out = tmp_path / "report.html"
+    out.write_text("old")
+    (runs / "broken.json").write_text('{"kind": "cheapgrad.scan"')
+    assert "'broken.json' is no JSON" in failed(capsys, runs, "-o", out)
+    assert out.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "runs"]
+
+
+def test_missing_and_empty_directories(tmp_path, capsys):
+    assert "does not exist" in failed(capsys, tmp_path / "missing", "-o", tmp_path / "report.html")
+    (tmp_path / "empty").mkdir()
+    assert "holds no record" in failed(capsys, tmp_path / "empty", "-o", tmp_path / "report.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_unwritable_output(runs, tmp_path, capsys, monkeypatch):
+    (tmp_path / "blocker").touch()
+    assert "blocker" in failed(capsys, runs, "-o", tmp_path / "blocker" / "report.html")
+    assert "runs" in failed(capsys, runs, "-o", runs)
+
+    def fail(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    out = tmp_path / "report.html"
+    assert "No space left on device" in failed(capsys, runs, "-o", out)
+    assert not out.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocker", "runs"]

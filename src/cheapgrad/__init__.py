@@ -12,6 +12,7 @@ from cheapgrad._version import __version__
 
 if TYPE_CHECKING:
     from cheapgrad import auditing, cost, curvature, errors, kinks, ops, recipes, sketch, testing
+    from cheapgrad.auditing import AuditReport, audit, audit_step
     from cheapgrad.convert import Handle, LayerRecord, Rule, approximate, get_handle
     from cheapgrad.cost import CostReport, scan
     from cheapgrad.ops.cross_entropy import linear_cross_entropy
@@ -19,23 +20,29 @@ if TYPE_CHECKING:
 _ROOMS = ("auditing", "cost", "curvature", "errors", "kinks", "ops", "recipes", "sketch", "testing")
 # Public name -> the room it comes from.
 _NAMES = {
+    "AuditReport": "auditing",
     "CostReport": "cost",
     "Handle": "convert",
     "LayerRecord": "convert",
     "Rule": "convert",
     "approximate": "convert",
+    "audit": "auditing",
+    "audit_step": "auditing",
     "get_handle": "convert",
     "linear_cross_entropy": "ops.cross_entropy",
     "scan": "cost",
 }
 
 __all__ = [
+    "AuditReport",
     "CostReport",
     "Handle",
     "LayerRecord",
     "Rule",
     "__version__",
     "approximate",
+    "audit",
+    "audit_step",
     "auditing",
     "cost",
     "curvature",

@@ -21,7 +21,7 @@ def show_progress(draws: int, wanted: bool | None) -> Iterator[Callable[[], None
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=Console(stderr=True, force_terminal=wanted), transient=True) as bar:
         task = bar.add_task("drawing gradients", total=draws)
 
         def advance() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ def render_audit(report: AuditReport, top: int | None) -> str:
     table.add_row("all", f"{sum(layer.coordinates for layer in report.layers):,}", *_cells(report))
     buffer = io.StringIO()
     Console(file=buffer, width=_WIDTH, color_system=None, highlight=False, markup=False).print(table)
-    lines = [line.rstrip() for line in buffer.getvalue().strip("\n").splitlines()]
+    lines = [line.rstrip() for line in textwrap.dedent(buffer.getvalue()).strip("\n").splitlines()]
     if len(shown) < len(report.layers):
         lines.append(f"{len(report.layers) - len(shown)} more parameters: report.table(top=None) shows all")
     lines += [line.format(band=report.band, alpha=report.alpha, tests=report.tests) for line in _LEGEND]

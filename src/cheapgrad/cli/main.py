@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from cheapgrad._version import __version__
-from cheapgrad.cli import curvature_command, demo_command, doctor_command, report_command, scan_command
+from cheapgrad.cli import (
+    audit_command,
+    curvature_command,
+    demo_command,
+    doctor_command,
+    report_command,
+    scan_command,
+)
 from cheapgrad.errors import CheapgradError
 
 _INTERRUPTED = 130
@@ -40,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo_command.add_parser(commands)
     scan_command.add_parser(commands)
+    audit_command.add_parser(commands)
     curvature_command.add_parser(commands)
     report_command.add_parser(commands)
     doctor_command.add_parser(commands)

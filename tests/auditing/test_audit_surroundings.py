@@ -1,0 +1,245 @@
+"""An audit leaves everything as it was, and refuses by name what it cannot compare."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import cheapgrad
+from cheapgrad import audit
+from cheapgrad.errors import (
+    BackwardError,
+    BatchOrderError,
+    BiasedGradientError,
+    BudgetError,
+    ForwardError,
+    GradientDrawError,
+    LossError,
+    ModelTypeError,
+    NondeterministicForwardError,
+    ReferenceGradientError,
+    UnknownNameError,
+)
+from cheapgrad.sketch import RowSample, StochasticRounding
+from cheapgrad.sketch.scores import PredictedNorm
+from tests.auditing import planted
+from tests.auditing.planted import make_batch, make_network, mean_loss, right_loss
+
+
+def network_with_state():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(planted.I, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Linear(16, planted.C))
+    rows = RowSample(keep=0.5, scores=PredictedNorm())
+    cheapgrad.approximate(model, cheapgrad.Rule("*", stored=rows), skip_small=False)
+    return model
+
+
+def snapshot(model):
+    memories = [layer._cheapgrad.plan.stored_memory for layer in (model[0], model[3])]
+    return [
+        *(tensor.detach().clone() for tensor in [*model.parameters(), *model.buffers()]),
+        *(parameter.grad.clone() for parameter in model.parameters()),
+        torch.get_rng_state(),
+        torch.tensor([random.getstate()[1][0], numpy.random.get_state()[2], random.getstate()[1][-1]]),
+        torch.tensor([module.training for module in model.modules()]),
+        *(value.clone() for memory in memories for value in vars(memory).values() if isinstance(value, torch.Tensor)),
+    ]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_is_as_it_was(fails):
+    model, batch = network_with_state(), make_batch()
+    mean_loss(model, batch).backward()
+    fired = []
+    model[0].weight.register_post_accumulate_grad_hook(lambda parameter: fired.append(parameter))
+    owned = [parameter.grad for parameter in model.parameters()]
+    buffers = list(model.buffers())
+    before = snapshot(model)
+    # Two of them are the running norms of the converted layers.
+    assert len(before) == 20
+
+    def loss_fn(model, batch):
+        random.random()
+        numpy.random.rand()
+        loss = mean_loss(model, batch)
+        if fails and random.random() < 0.05:
+            model.eval()
+            raise OSError("disk full")
+        return loss
+
+    if fails:
+        with pytest.raises(ForwardError, match="the loss function raised OSError: disk full"):
+            audit(model, loss_fn, batch, seed=0)
+    else:
+        audit(model, loss_fn, batch, seed=0, draws=8)
+    after = snapshot(model)
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    assert all(parameter.grad is gradient for parameter, gradient in zip(model.parameters(), owned, strict=True))
+    assert all(one is two for one, two in zip(model.buffers(), buffers, strict=True))
+    assert not fired
+    mean_loss(model, batch).backward()
+    assert len(fired) == 1
+
+
+def test_same_seed_same_report():
+    batch = make_batch()
+    model = make_network(planted.sampled_rows(), dropout=0.2)
+    reports = []
+    for seed in (0, 0, 1):
+        torch.rand(int(torch.randint(1, 9, ())))
+        reports.append(audit(model, mean_loss, batch, reference=right_loss, seed=seed, draws=8))
+    assert reports[0] == reports[1]
+    assert reports[0].max_abs_z != reports[2].max_abs_z
+
+
+def test_dropout_needs_a_seed():
+    model = make_network(planted.exact, dropout=0.3)
+    with pytest.raises(NondeterministicForwardError, match=r"draws random numbers \(losses 1\.\d+ and 1\.\d+ for"):
+        audit(model, mean_loss, make_batch())
+    assert audit(model.eval(), mean_loss, make_batch(), draws=8).forward_noise == "none"
+
+
+def test_generator_of_its_own_is_refused():
+    generator = torch.Generator().manual_seed(0)
+
+    def loss_fn(model, batch):
+        return mean_loss(model, (batch[0] + torch.randn(planted.B, planted.I, generator=generator), batch[1]))
+
+    with pytest.raises(NondeterministicForwardError, match="two exact steps with the same seed differ"):
+        audit(make_network(planted.exact), loss_fn, make_batch(), seed=0)
+
+
+def test_random_backward_pass_without_a_reference_is_refused():
+    with pytest.raises(ReferenceGradientError, match="so its backward pass is random"):
+        audit(make_network(planted.sampled_rows()), mean_loss, make_batch())
+
+
+def test_time_first_batch_is_refused():
+    torch.manual_seed(0)
+    model = nn.RNN(4, 5)
+
+    def loss_fn(model, batch):
+        return model(batch)[0][-1].square().mean()
+
+    batch = torch.randn(7, 3, 4)
+    with pytest.raises(BatchOrderError, match="with the batch's 7 entries of the first axis in reverse order"):
+        audit(model, loss_fn, batch, draws=8)
+    report = audit(model, loss_fn, batch, draws=8, split=False)
+    assert report.unbiased
+    assert report.noise_fraction is None
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda model, batch: model(batch[0]), r"but returned a tensor of shape \(48, 5\)"),
+        (lambda model, batch: mean_loss(model, batch).item(), "but returned 1.* of type float"),
+        (lambda model, batch: mean_loss(model, batch).detach(), "does not require grad"),
+    ],
+)
+def test_losses_that_are_none(loss_fn, message):
+    with pytest.raises(LossError, match=message):
+        audit(make_network(planted.exact), loss_fn, make_batch())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"draws": 7}, "draws must be a whole number of at least 8, but got 7"),
+        ({"alpha": 0}, r"alpha must be in \(0, 1\), but got 0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, but got -1"),
+        ({"tolerance": 1.5}, r"tolerance must be in \[0, 1\), but got 1.5"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(BudgetError, match=message):
+        audit(make_network(planted.exact), mean_loss, make_batch(), **settings)
+
+
+def test_models_that_cannot_be_audited():
+    with pytest.raises(ModelTypeError, match=r"model must be a torch\.nn\.Module, but got 3 of type int"):
+        audit(3, mean_loss, make_batch())
+    with pytest.raises(ModelTypeError, match="the ReLU has no parameter that requires grad"):
+        audit(nn.ReLU(), mean_loss, make_batch())
+
+
+def test_steps_that_fail_or_overflow():
+    def infinite(x, weight, grad):
+        return grad @ weight, torch.full_like(weight, math.inf)
+
+    def broken(x, weight, grad):
+        raise OSError("no kernel")
+
+    with pytest.raises(GradientDrawError, match=r"draw 1: tensor '3\.weight' has entries that are not finite"):
+        audit(make_network(infinite), mean_loss, make_batch(), reference=right_loss)
+    with pytest.raises(BackwardError, match="the backward pass raised OSError: no kernel"):
+        audit(make_network(broken), mean_loss, make_batch(), reference=right_loss)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({"0.weight": torch.ones(1)}, r"no gradient for '0\.bias' \(5 of 6 are missing\)"),
+        ([torch.ones(1)], "returned 1 values, but the model has 6 trainable parameters"),
+        (3, "returned a int, but the model has 6"),
+    ],
+)
+def test_references_that_are_none(made, message):
+    with pytest.raises(ReferenceGradientError, match=message):
+        audit(make_network(planted.exact), mean_loss, make_batch(), reference=lambda model, batch: made)
+
+
+def test_report_has_no_such_parameter_and_may_be_too_coarse():
+    report = audit(make_network(planted.sampled_rows(keep=0.2)), mean_loss, make_batch(), reference=right_loss)
+    with pytest.raises(UnknownNameError, match=r"no parameter '3\.weights'; did you mean '3\.weight'"):
+        report.layer("3.weights")
+    report.assert_unbiased()
+    report.assert_unbiased(within=report.detectable_relative_bias)
+    with pytest.raises(BiasedGradientError, match=r"0\.0001 was asked for; use about"):
+        report.assert_unbiased(within=1e-4)
+    with pytest.raises(BudgetError, match="relative_bias must be a positive fraction, but got 0"):
+        report.draws_needed(0)
+
+
+def test_model_without_double_precision_is_audited_without_the_check():
+    class SinglePrecision(nn.Linear):
+        def forward(self, x):
+            if x.dtype != torch.float32:
+                raise TypeError("single precision only")
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = SinglePrecision(planted.I, planted.C)
+    report = audit(model, mean_loss, make_batch(), draws=8)
+    assert report.unbiased
+    assert not report.derivative_checked
+    assert "not checked against differences of the loss (TypeError: single precision only)" in str(report)
+
+    other = nn.Linear(planted.I, planted.C)
+    report = audit(other, lambda _, batch: mean_loss(other, batch), make_batch(), draws=8)
+    assert not report.derivative_checked
+
+
+def test_batches_that_are_not_cut():
+    model = make_network(planted.exact)
+    x, y = make_batch()
+    one = audit(model, mean_loss, (x[:1], y[:1]), draws=8)
+    assert any("the batch is a single example" in remark for remark in one.remarks)
+    extra = audit(model, lambda model, batch: mean_loss(model, batch[:2]), (x, y, torch.ones(3)), draws=8)
+    assert any("share no first axis" in remark for remark in extra.remarks)
+    assert extra.noise_fraction is None
+
+
+def test_converted_layers_with_stored_rounding_share_dropout():
+    model = network_with_state()
+    cheapgrad.get_handle(model).revert()
+    cheapgrad.approximate(model, cheapgrad.Rule("*", stored=StochasticRounding(bits=4)), skip_small=False)
+    report = audit(model, mean_loss, make_batch(), seed=0, draws=16)
+    assert report.forward_noise == "shared"
+    assert report.relative_variance < 0.05
+    assert any("do not add up" in remark for remark in report.remarks) or report.noise_fraction is not None

@@ -154,7 +154,8 @@ def test_models_with_other_modules_stay_apart(scans):
         (
             {},
             "unbiased",
-            "No bias found in 2 gradients: nearest to the edge of what chance explains is cotangent rows 0.5, |z| = 4.50 of 7.00",
+            "No bias found in 2 gradients: nearest to the edge of what chance explains is cotangent rows 0.5, "
+            "|z| = 4.50 of 7.00",
         ),
         ({"unbiased": False, "max_abs_z": 9.5}, "biased", "BIAS FOUND in DigitsViT, cotangent rows 0.5 (z = 9.50)"),
         ({"unbiased": False, "max_abs_z": math.inf}, "biased", "(z = ∞)"),

@@ -22,9 +22,22 @@ from benchmarks.memory import keep_freed_memory
 from benchmarks.noise import measure_noise
 from benchmarks.scan import measure_scans
 from benchmarks.step import measure_steps
+from benchmarks.whole_network import measure_networks
 from benchmarks.worth import judge_worth
 
-_NAMES = ("layer", "step", "noise", "worth", "laplace", "bias", "debiased_steps", "scan", "curvature", "codec")
+_NAMES = (
+    "layer",
+    "step",
+    "noise",
+    "worth",
+    "networks",
+    "codec",
+    "scan",
+    "curvature",
+    "bias",
+    "debiased_steps",
+    "laplace",
+)
 
 
 def main() -> None:
@@ -45,6 +58,7 @@ def main() -> None:
         action="store_true",
         help="leave the C library's allocator as it is (default: freed memory stays with the process)",
     )
+    parser.add_argument("--compiled", action="store_true", help="networks: measure compiled steps too (minutes)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="JSON lines are appended here")
     arguments = parser.parse_args()
@@ -77,6 +91,8 @@ def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]
         return measure_laplace(seeds=8)
     if name == "bias":
         return measure_bias(splits=300)
+    if name == "networks":
+        return measure_networks(rounds=arguments.rounds, compiled=arguments.compiled)
     if name == "codec":
         return measure_codecs(rounds=arguments.rounds)
     if name == "scan":

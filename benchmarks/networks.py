@@ -174,7 +174,14 @@ class BagNet(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        plan = [(width, 3, 1), (width, 1, 1), (2 * width, 3, 2), (2 * width, 1, 1), (4 * width, 3, 2), (4 * width, 1, 1)]
+        plan = [
+            (width, 3, 1),
+            (width, 1, 1),
+            (2 * width, 3, 2),
+            (2 * width, 1, 1),
+            (4 * width, 3, 2),
+            (4 * width, 1, 1),
+        ]
         blocks, inputs = [], width
         for inside, kernel, stride in plan:
             blocks.append(Bottleneck(inputs, inside, kernel, stride))

@@ -1,0 +1,228 @@
+"""Bytes held and time of a step on whole networks: ours, checkpoints, the compiler's budget, and combinations.
+
+Bytes and peaks are measured on one step, times interleaved. The process's own peak is measured in a process of its own
+(``python -m benchmarks.whole_network NETWORK METHOD`` prints it).
+"""
+
+from __future__ import annotations
+
+import copy
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import cheapgrad
+from benchmarks.interleaved import time_interleaved
+from benchmarks.memory import keep_freed_memory
+from benchmarks.networks import NETWORKS, LanguageModel, Network, loss_of
+from cheapgrad import recipes
+from cheapgrad.cost import measure_held_bytes, peak_memory
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+# What the kernel says of this process, where there is one that does.
+_STATUS = Path("/proc/self/status")
+
+
+class Checkpointed(nn.Module):
+    """A block that keeps its input only, and runs forward again in backward.
+
+    Args:
+        block: the block.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the block returns."""
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train a network.
+
+    Attributes:
+        name: what tables call it.
+        rules: what `cheapgrad.approximate` is given, if anything.
+        checkpoints: whether every block is checkpointed.
+        memory_budget: share for the compiler's activation memory budget; 1.0 compiles and leaves it alone, None does
+            not compile.
+        fused_loss: whether the output layer and the cross-entropy are one operation, where there is a large vocabulary.
+    """
+
+    name: str
+    rules: tuple[cheapgrad.Rule, ...] = ()
+    checkpoints: bool = False
+    memory_budget: float | None = None
+    fused_loss: bool = False
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the model, set up."""
+        model = copy.deepcopy(model)
+        if self.rules:
+            cheapgrad.approximate(model, self.rules)
+        if self.checkpoints:
+            model.blocks = nn.Sequential(*[Checkpointed(block) for block in model.blocks])  # type: ignore[union-attr]
+        if self.memory_budget is not None:
+            return torch.compile(model)  # type: ignore[return-value]
+        return model
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of a model on a batch."""
+        return fused_loss_of if self.fused_loss else loss_of
+
+
+EXACT = Method("exact")
+EAGER = (
+    EXACT,
+    Method("checkpoint each block", checkpoints=True),
+    Method("recipes.memory(4)", recipes.memory(4)),
+    Method("recipes.memory(2)", recipes.memory(2)),
+    Method("recipes.speed(.5)", recipes.speed(0.5)),
+    Method("recipes.both(4, .5)", recipes.both(4, 0.5)),
+    Method("recipes.both(4, .25)", recipes.both(4, 0.25)),
+    Method("checkpoint + recipes.speed(.5)", recipes.speed(0.5), checkpoints=True),
+    Method("checkpoint + recipes.memory(4)", recipes.memory(4), checkpoints=True),
+)
+FUSED = (
+    Method("linear_cross_entropy", fused_loss=True),
+    Method("recipes.memory(4) + linear_cross_entropy", recipes.memory(4), fused_loss=True),
+    Method("recipes.both(4, .5) + linear_cross_entropy", recipes.both(4, 0.5), fused_loss=True),
+)
+COMPILED = (
+    Method("compiled", memory_budget=1.0),
+    Method("compiled, budget .5", memory_budget=0.5),
+    Method("compiled, budget .25", memory_budget=0.25),
+    Method("compiled, recipes.memory(4)", recipes.memory(4), memory_budget=1.0),
+    Method("compiled, recipes.memory(4), budget .25", recipes.memory(4), memory_budget=0.25),
+    Method("compiled, recipes.both(4, .5)", recipes.both(4, 0.5), memory_budget=1.0),
+)
+
+
+def fused_loss_of(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of a language model without its scores ever being held whole."""
+    if not isinstance(model, LanguageModel):
+        raise TypeError(f"only a LanguageModel has a large vocabulary, not a {type(model).__name__}")
+    return cheapgrad.linear_cross_entropy(model.features(inputs), model.head.weight, labels)
+
+
+def methods_for(network: Network, *, compiled: bool) -> tuple[Method, ...]:
+    """Return what is measured on a network."""
+    fused = FUSED if "language" in network.name else ()
+    return (*EAGER, *fused, *(COMPILED if compiled else ()))
+
+
+def measure_networks(*, rounds: int, compiled: bool) -> Iterator[dict[str, Any]]:
+    """Yield one record per network and method.
+
+    Args:
+        rounds: interleaved rounds per timing.
+        compiled: whether compiled steps are measured too; it takes minutes.
+    """
+    for network in NETWORKS:
+        yield from _measure_network(network, methods_for(network, compiled=compiled), rounds)
+
+
+def _measure_network(network: Network, methods: tuple[Method, ...], rounds: int) -> Iterator[dict[str, Any]]:
+    original, batch = network.make(), network.make_batch()
+    steps: dict[str, Callable[[], object]] = {}
+    held: dict[str, int] = {}
+    peaks: dict[str, int] = {}
+    for method in track(methods, f"{network.name}: setting up", transient=True):
+        step, held_bytes = _make_step(method, original, batch)
+        # The second step is like all that follow: what is kept may depend on what the first one showed.
+        step()
+        held[method.name] = held_bytes()
+        peaks[method.name] = peak_memory(step).peak_bytes if method.memory_budget is None else 0
+        steps[method.name] = step
+    timings = time_interleaved(steps, reference=EXACT.name, rounds=rounds, label=network.name)
+    for method in methods:
+        name = method.name
+        is_target = "memory(4)" in name and not method.checkpoints and method.memory_budget is None
+        wanted = is_target and (method.fused_loss or "language" not in network.name)
+        yield {
+            "benchmark": "networks",
+            "network": network.name,
+            "method": name,
+            "held_bytes": held[name],
+            "times_fewer": held[EXACT.name] / held[name],
+            "target_times_fewer": network.target_ratio if wanted else None,
+            "peak_bytes": peaks[name] or None,
+            "process_peak_bytes": _peak_of_process(network, name) if method.memory_budget is None else None,
+            "relative_cost": timings[name].ratio,
+            "spread": timings[name].spread,
+        }
+
+
+def _make_step(
+    method: Method, original: nn.Module, batch: tuple[Tensor, Tensor]
+) -> tuple[Callable[[], None], Callable[[], int]]:
+    """Return a training step, and what measures the bytes that its forward pass holds."""
+    model = method.prepare(original)
+    if method.memory_budget is not None:
+        torch._dynamo.reset()
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with _budget(method):
+            method.loss(model, *batch).backward()
+
+    def held_bytes() -> int:
+        with _budget(method):
+            return measure_held_bytes(lambda: method.loss(model, *batch), exclude=[model, *batch]).total_bytes
+
+    return step, held_bytes
+
+
+def _budget(method: Method) -> Any:
+    import torch._functorch.config as functorch_config
+
+    budget = method.memory_budget if method.memory_budget is not None else 1.0
+    return functorch_config.patch(activation_memory_budget=budget)  # type: ignore[attr-defined]
+
+
+def _peak_of_process(network: Network, method: str) -> int:
+    command = [sys.executable, "-m", "benchmarks.whole_network", network.name, method]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main(network_name: str, method_name: str) -> None:
+    """Print by how many bytes two steps raise the peak of this process."""
+    keep_freed_memory()
+    network = next(network for network in NETWORKS if network.name == network_name)
+    method = next(each for each in (*EAGER, *FUSED) if each.name == method_name)
+    torch.manual_seed(0)
+    model, batch = network.make(), network.make_batch()
+    step, _ = _make_step(method, model, batch)
+    # A small step first, so that the libraries' own buffers are there.
+    small = tuple(tensor[:1] for tensor in batch)
+    method.loss(method.prepare(model), *small).backward()
+    before = _peak_so_far()
+    for _ in range(2):
+        step()
+    print(_peak_so_far() - before)
+
+
+def _peak_so_far() -> int:
+    """Return the most memory this process has had at once, in bytes."""
+    if _STATUS.exists():
+        # Not from getrusage, whose peak a process inherits from the one that started it.
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

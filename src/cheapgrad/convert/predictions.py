@@ -55,7 +55,7 @@ def predict_variances(module: SketchedLayer, gradients: dict[int, Tensor]) -> di
     if probe is None or not probe.uses or module._cheapgrad.kind.row_wise:
         return {}
     variances = [_variance_of_use(module, use) for use in probe.uses]
-    weight_gradient = gradients.get(id(module.weight))
+    weight_gradient = gradients.get(id(getattr(module, "weight", None)))
     return {
         "weight_variance": sum(float(variance.weight) for variance in variances)
         if weight_gradient is not None

@@ -67,7 +67,7 @@ class Conversion:
     def draws_forward(self, module: nn.Module) -> bool:
         """Tell whether the forward pass of `module` draws: not for a weight that was frozen since."""
         stored = self.plan.stored
-        return stored is not None and not self.kind.why_not(module, stored, Moment.STORED)
+        return stored is not None and self.kind.draws_codes and not self.kind.why_not(module, stored, Moment.STORED)
 
     def note_shape(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Remember the sizes of a forward, if they are new."""

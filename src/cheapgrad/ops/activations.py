@@ -290,6 +290,26 @@ class _EagerSketchedActivation(_SketchedActivation):
         refuse_forward_mode("activation")
 
 
+def features_of(shape: tuple[int, ...]) -> int:
+    """Return how many entries make a row: the last axis, or what one channel holds of an image."""
+    # Images lie with their pixels innermost.
+    return math.prod(shape[2:]) if len(shape) > 3 else shape[-1] if shape else 1
+
+
+def derivative_saved_bytes(activation: Activation, strategy: StochasticRounding, rows: int, features: int) -> int:
+    """Return the bytes that `store_derivative` keeps.
+
+    >>> derivative_saved_bytes(Activation("relu"), StochasticRounding(4), rows=2, features=16)
+    4
+    >>> derivative_saved_bytes(Activation("gelu"), StochasticRounding(4), rows=2, features=16)
+    20
+    """
+    if activation.slope_kind == "piecewise linear":
+        return rows * -(-features // 8)
+    # Every row has a flag of two bytes, which shows a NaN.
+    return rows * (-(-features * strategy.bits // 8) + 2)
+
+
 def sketched_activation(x: Tensor, activation: Activation, strategy: AbstractStrategy | None) -> Tensor:
     """Return ``f(x)`` bit for bit as PyTorch does, holding a branch or a rounded slope per entry for backward.
 
@@ -312,8 +332,7 @@ def sketched_activation(x: Tensor, activation: Activation, strategy: AbstractStr
     is_exact = strategy is None and activation.slope_kind == "smooth"
     if is_exact or x.numel() == 0 or not may_need_grad(x):
         return activation.forward(x)
-    # Images lie with their pixels innermost: a row is then what one channel holds of one of them.
-    features = math.prod(x.shape[2:]) if x.dim() > 3 else x.shape[-1] if x.dim() else 1
+    features = features_of(x.shape)
     if torch.compiler.is_compiling():
         return _SketchedActivation.apply(x, None, activation, strategy, features)[0]
     # No bytes, but a child of x: stands for it where a second derivative is refused, so that x itself is not held.

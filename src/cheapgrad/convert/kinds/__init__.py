@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from cheapgrad.convert.kinds.attention import ATTENTION
 from cheapgrad.convert.kinds.convolution import CONVOLUTIONS
+from cheapgrad.convert.kinds.dropout import DROPOUTS
 from cheapgrad.convert.kinds.layer_kind import LayerKind, LayerUse
 from cheapgrad.convert.kinds.linear import LINEAR, TRANSPOSED_LINEAR
 from cheapgrad.convert.kinds.norms import NORMS
+from cheapgrad.convert.kinds.pooling import POOLINGS
+from cheapgrad.convert.kinds.prelu import PRELU
+from cheapgrad.convert.kinds.rms_norm import RMS_NORMS
 from cheapgrad.convert.kinds.row_wise import ROW_WISE
 
-KINDS: tuple[LayerKind, ...] = (LINEAR, TRANSPOSED_LINEAR, ATTENTION, *CONVOLUTIONS, *ROW_WISE, *NORMS)
+KINDS: tuple[LayerKind, ...] = (
+    LINEAR,
+    TRANSPOSED_LINEAR,
+    ATTENTION,
+    *CONVOLUTIONS,
+    *ROW_WISE,
+    *NORMS,
+    *DROPOUTS,
+    *POOLINGS,
+    PRELU,
+    *RMS_NORMS,
+)
 
 
 def kind_of(cls: type) -> LayerKind | None:

@@ -54,6 +54,7 @@ class LayerKind:
         weights: how many numbers its products multiply with; None where `weight` holds them.
         is_probed: whether its variance can be predicted from one input and one output.
         row_wise: whether it has no products to save and matters only as a stage of a chain.
+        draws_codes: whether a forward pass that stores draws besides what the stock forward draws.
     """
 
     name: str
@@ -73,6 +74,7 @@ class LayerKind:
     weights: Callable[[Any], int] | None = None
     is_probed: bool = True
     row_wise: bool = False
+    draws_codes: bool = True
 
 
 # What a stock forward calls on its own module: a subclass that overrides one of these has another forward.

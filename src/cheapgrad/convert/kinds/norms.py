@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cheapgrad.convert.kinds.layer_kind import LayerKind, LayerUse, runs_stock_forward
+from cheapgrad.convert.kinds.element_wise import element_wise_kind
+from cheapgrad.convert.kinds.layer_kind import LayerUse
 from cheapgrad.ops.linear import may_need_grad
 from cheapgrad.ops.norms import Normalisation, norm_saved_bytes, norm_variance, sketched_norm
 from cheapgrad.ops.plan import Plan
@@ -38,19 +39,6 @@ class NormShape:
     element_bytes: int
     statistic_bytes: int
     repeated_bytes: int = 0
-
-
-def why_not_norm(module: nn.Module, strategy: AbstractStrategy, moment: Moment) -> str:
-    """Return why a strategy is left out for a norm over images, or an empty string."""
-    name = type(module).__name__
-    if moment is Moment.COTANGENT:
-        return f"cotangent: {type(strategy).__name__} saves nothing in {name}, which multiplies no matrices"
-    if not isinstance(strategy, StochasticRounding):
-        return (
-            f"stored: {type(strategy).__name__} has no meaning for {name}: its gradient needs every entry, twice; "
-            "StochasticRounding(bits) keeps two independent codes"
-        )
-    return ""
 
 
 def _as_image(module: Any, x: Tensor) -> Tensor:
@@ -135,25 +123,8 @@ def _variance(module: Any, strategy: AbstractStrategy, moment: Moment, use: Laye
     return variance if use.wants_input else Variance(torch.zeros_like(variance.input), variance.weight)
 
 
-def _norm_kind(stock: Any) -> LayerKind:
-    return LayerKind(
-        name=stock.__name__,
-        accepts=runs_stock_forward(stock),
-        run=_run(stock),
-        sizes=None,
-        shape=_shape,
-        flops=lambda strategy, moment, shape: 0.0,
-        saved_bytes=_saved_bytes,
-        variance=_variance,
-        cotangent_rows=lambda cotangent: cotangent.reshape(cotangent.shape[0], -1),
-        cotangent_like=lambda rows_NO, cotangent: rows_NO.view(cotangent.shape),
-        why_not=why_not_norm,
-        least_weights={Moment.STORED: 0, Moment.COTANGENT: 0},
-    )
-
-
 NORMS = tuple(
-    _norm_kind(stock)
+    element_wise_kind(stock, _run(stock), shape=_shape, saved_bytes=_saved_bytes, variance=_variance)
     for stock in (
         nn.BatchNorm1d,
         nn.BatchNorm2d,

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from cheapgrad.convert.kinds.layer_kind import LayerKind, runs_stock_forward
-from cheapgrad.convert.kinds.linear import matrix_shape
-from cheapgrad.ops.activations import Activation, sketched_activation
+from cheapgrad.convert.kinds.element_wise import element_wise_kind
+from cheapgrad.convert.kinds.layer_kind import LayerKind
+from cheapgrad.ops.activations import Activation, derivative_saved_bytes, features_of, sketched_activation
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.joining import is_row_wise, stage_in_chain
 from cheapgrad.ops.chains.norm_stage import LayerNormStage
 from cheapgrad.ops.chains.rebuilding import current_scope
 from cheapgrad.ops.plan import Plan
-from cheapgrad.sketch import AbstractStrategy, Moment, Variance
-
-_ZERO = torch.zeros((), dtype=torch.float64)
+from cheapgrad.sketch import AbstractStrategy, LayerShape, Moment, StochasticRounding
 
 
 def why_not_row_wise(module: nn.Module, strategy: AbstractStrategy, moment: Moment) -> str:
@@ -75,29 +73,82 @@ def _activation_of(name: str, options: tuple[str, ...]) -> Callable[[Any], Activ
     return lambda module: Activation(name, tuple((option, getattr(module, option)) for option in options))
 
 
-def row_wise_kind(stock: type[nn.Module], run: Callable[..., Tensor]) -> LayerKind:
+@dataclass(frozen=True)
+class RowShape:
+    """Sizes of one use of a norm over features or an activation.
+
+    Attributes:
+        rows: N.
+        features: I.
+        stock_bytes: bytes that PyTorch holds.
+        root_bytes: bytes per row of the factor ``1 / sqrt(...)`` that a norm holds besides its codes.
+        wants_input: whether the input needs a gradient.
+    """
+
+    rows: int
+    features: int
+    stock_bytes: int
+    root_bytes: int = 0
+    wants_input: bool = True
+
+
+def _layer_norm_shape(module: Any, x: Tensor, output: Tensor) -> RowShape:
+    rows, features = x.numel() // x.shape[-1], x.shape[-1]
+    statistic_bytes = (x if module.weight is None else module.weight).element_size()
+    stock_bytes = rows * (features * x.element_size() + 2 * statistic_bytes)
+    return RowShape(rows, features, stock_bytes, x.element_size(), x.requires_grad)
+
+
+def norm_saved_bytes(strategy: AbstractStrategy | None, moment: Moment, shape: RowShape) -> float:
+    """Return the bytes held by a norm: PyTorch's, or a factor per row and two codes."""
+    if strategy is None:
+        return float(shape.stock_bytes)
+    codes = strategy.law.saved_bytes(LayerShape(shape.rows, shape.features, shape.features), Moment.STORED)
+    return shape.rows * shape.root_bytes + 2 * codes
+
+
+def _activation_shape(module: Any, x: Tensor, output: Tensor) -> RowShape:
+    features = features_of(x.shape)
+    return RowShape(x.numel() // max(features, 1), features, x.numel() * x.element_size(), wants_input=x.requires_grad)
+
+
+def _activation_bytes(name: str) -> Callable[[AbstractStrategy | None, Moment, RowShape], float]:
+    def saved_bytes(strategy: AbstractStrategy | None, moment: Moment, shape: RowShape) -> float:
+        if not shape.wants_input:
+            return 0.0
+        if not isinstance(strategy, StochasticRounding):
+            return float(shape.stock_bytes)
+        return float(derivative_saved_bytes(Activation(name), strategy, shape.rows, shape.features))
+
+    return saved_bytes
+
+
+def row_wise_kind(
+    stock: type[nn.Module],
+    run: Callable[..., Tensor],
+    *,
+    shape: Callable[[Any, Tensor, Tensor], Any],
+    saved_bytes: Callable[[AbstractStrategy | None, Moment, Any], float],
+    input_name: str = "input",
+    draws_codes: bool = True,
+) -> LayerKind:
     """Return the kind of a module that works row by row and multiplies nothing."""
-    return LayerKind(
-        name=stock.__name__,
-        accepts=runs_stock_forward(stock),
-        run=run,
-        sizes=None,
-        shape=matrix_shape,
-        flops=lambda strategy, moment, shape: 0.0,
-        saved_bytes=lambda strategy, moment, shape: 0.0,
-        variance=lambda module, strategy, moment, use, memory: Variance(_ZERO, _ZERO),
-        cotangent_rows=lambda cotangent: cotangent.reshape(-1, cotangent.shape[-1]),
-        cotangent_like=lambda rows_NO, cotangent: rows_NO.view(cotangent.shape),
-        why_not=why_not_row_wise,
-        least_weights={Moment.STORED: 0, Moment.COTANGENT: 0},
-        row_wise=True,
+    kind = element_wise_kind(
+        stock, run, shape=shape, saved_bytes=saved_bytes, why_not=why_not_row_wise, draws_codes=draws_codes
     )
+    return dataclasses.replace(kind, input_name=input_name, row_wise=True)
 
 
 ROW_WISE = (
-    row_wise_kind(nn.LayerNorm, _run_layer_norm),
+    row_wise_kind(nn.LayerNorm, _run_layer_norm, shape=_layer_norm_shape, saved_bytes=norm_saved_bytes),
     *(
-        row_wise_kind(stock, _run_activation(_activation_of(name, options)))
+        row_wise_kind(
+            stock,
+            _run_activation(_activation_of(name, options)),
+            shape=_activation_shape,
+            saved_bytes=_activation_bytes(name),
+            draws_codes=Activation(name).slope_kind == "smooth",
+        )
         for stock, (name, options) in _ACTIVATIONS.items()
     ),
 )

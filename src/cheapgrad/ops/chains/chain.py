@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cheapgrad.ops._guards import differentiate_once, refuse_forward_mode
-from cheapgrad.ops.chains.norm_stage import LayerNormStage
+from cheapgrad.ops.chains.norm_stage import AbstractNormStage
 from cheapgrad.ops.chains.rebuilding import Source, current_scope
 from cheapgrad.ops.chains.stage import AbstractOpenedStage, AbstractStage, KeptRows
 from cheapgrad.ops.chains.watching import Watch, is_asked_for, is_observed
@@ -368,7 +368,7 @@ def _with_exact_root(links: tuple[Link, ...], root: Tensor) -> tuple[Link, ...]:
     Whoever keeps the output of the next linear layer may need it; otherwise the codes take its place.
     """
     first, *others = links
-    if others or first.stage.stored is None or not isinstance(first.stage, LayerNormStage):
+    if others or first.stage.stored is None or not isinstance(first.stage, AbstractNormStage):
         return links
     stage = dataclasses.replace(first.stage, stored=None)
     return (Link(stage, first.parameters, (root.detach(),), encoded=first),)

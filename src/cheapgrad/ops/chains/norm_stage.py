@@ -13,7 +13,12 @@ from cheapgrad.sketch import AbstractStrategy, DenseMatrix, Moment, Operands
 
 
 @dataclass(frozen=True)
-class LayerNormStage(AbstractStage):
+class AbstractNormStage(AbstractStage):
+    """A norm over features: what follows may want its input, from which the output can be computed again."""
+
+
+@dataclass(frozen=True)
+class LayerNormStage(AbstractNormStage):
     r"""``y = x_hat * weight + bias`` with ``x_hat = (x - mean) / sqrt(var + eps)`` per row; weight, bias may be None.
 
     With ``g = weight * grad``, the gradient of the input is ``(g - mean(g) - x_hat mean(g x_hat)) / sqrt(var + eps)``:

@@ -28,8 +28,6 @@ def describe_environment() -> dict[str, Any]:
         "processor": _find_processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": "cpu",
-        "dtype": "float32",
     }
 
 

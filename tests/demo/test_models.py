@@ -10,6 +10,16 @@ from cheapgrad.demo import DigitsMLP, DigitsViT
 
 
 @pytest.mark.parametrize("build", [DigitsMLP, DigitsViT])
+def test_checkpointing_changes_no_gradient(build):
+    model, pictures = build(), torch.randn(5, 8, 8)
+    gradients = []
+    for checkpointed in (False, True):
+        model.checkpointed = checkpointed
+        gradients.append(torch.autograd.grad(model(pictures).logsumexp(1).sum(), list(model.parameters())))
+    assert all(torch.equal(exact, again) for exact, again in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("build", [DigitsMLP, DigitsViT])
 def test_pictures_become_class_scores_and_every_parameter_learns(build):
     model = build()
     scores = model(torch.randn(5, 8, 8))

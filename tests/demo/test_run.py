@@ -60,9 +60,30 @@ def test_exact_comes_first_then_batches_then_strategies(finished):
     assert model.parameters == 64 * 16 + 16 + 16 * 16 + 16 + 16 * 10 + 10
 
 
+def test_checkpointing_holds_less_and_changes_nothing_else(finished):
+    model = finished[1].models[0]
+    (checkpointed,) = [method for method in model.methods if method.kind == "checkpoint"]
+    assert checkpointed.held_bytes < model.exact.held_bytes
+    assert checkpointed.accuracies == model.exact.accuracies
+    assert (checkpointed.noise_fraction, checkpointed.max_abs_z, checkpointed.measured_relative_variance) == (0, 0, 0)
+
+
+def test_layers_are_recorded(finished):
+    model = finished[1].models[0]
+    for method in model.methods:
+        # The batch, 64 numbers an example and a class, counts by layer and not in the sum.
+        batch_bytes = method.batch_size * (64 * 4 + 8)
+        assert 0 < sum(entry.held_bytes for entry in method.held) - method.held_bytes <= batch_bytes
+        if method.kind == "strategy":
+            names = [tensor.name for tensor in method.tensors]
+            assert names == [f"layers.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")]
+            fractions = [tensor.noise_fraction for tensor in method.tensors]
+            assert min(fractions) <= method.noise_fraction <= max(fractions)
+
+
 def test_equal_batches_name_the_strategy_they_equal(finished):
     others = [method for method in finished[1].models[0].methods if method.kind != "strategy"]
-    remarks = [method.remark for method in others if method.remark]
+    remarks = [method.remark for method in others if method.kind == "batch"]
     # One for each budget, unless both came out at the same batch size.
     assert 1 <= len(remarks) <= 2
     assert all(any(method.label in remark for method in METHODS) for remark in remarks)
@@ -125,7 +146,7 @@ def test_two_workers_find_what_one_finds(tmp_path, monkeypatch):
     alone, shared = (
         run_demo(tmp_path, settings(workers=workers), Console(file=io.StringIO())).models[0] for workers in (1, 2)
     )
-    assert _labels(alone) == ["exact", "batch of 24", "batch of 40", "rows .5", "rows .25", "4 bits"]
+    assert _labels(alone) == ["exact", "checkpointing", "batch of 24", "batch of 40", "rows .5", "rows .25", "4 bits"]
     # To the last bit, and for the batches too.
     assert alone == shared
 
@@ -136,7 +157,7 @@ def test_what_is_found_does_not_depend_on_the_clock(finished, tmp_path, monkeypa
     _stop_the_clock(monkeypatch, budget_0=1.0, budget_1=1.0)
     record = run_demo(tmp_path, settings(), Console(file=io.StringIO()))
     ((timed,), (other,)) = finished[1].models, record.models
-    assert _labels(other) == ["exact", "rows .5", "rows .25", "4 bits"]
+    assert _labels(other) == ["exact", "checkpointing", "rows .5", "rows .25", "4 bits"]
     measured = {method.label: method for method in timed.methods}
     for method in other.methods:
         assert method.accuracies == measured[method.label].accuracies

@@ -14,7 +14,7 @@ from cheapgrad.sketch import AbstractStrategy, ColumnSample, RowSample, Stochast
 
 @dataclass(frozen=True)
 class Method:
-    """One way of training: PyTorch's own gradient, on any batch size, or a rule for all linear layers.
+    """One way of training: PyTorch's own gradient, on any batch size or recomputed, or a rule for all linear layers.
 
     Attributes:
         label: name for people.
@@ -24,6 +24,7 @@ class Method:
         budget: position among the budgets of its family, from 0, the largest.
         batch_size: examples in a step, or None for the model's usual number.
         remark: what else the reader has to know.
+        checkpointed: whether parts of the network are computed again during backward instead of held.
     """
 
     label: str
@@ -33,19 +34,24 @@ class Method:
     budget: int = 0
     batch_size: int | None = None
     remark: str = ""
+    checkpointed: bool = False
 
     @property
     def kind(self) -> str:
-        """``"strategy"``, ``"batch"`` or ``"exact"``."""
+        """``"strategy"``, ``"checkpoint"``, ``"batch"`` or ``"exact"``."""
         if self.stored is not None or self.cotangent is not None:
             return "strategy"
+        if self.checkpointed:
+            return "checkpoint"
         return "exact" if self.batch_size is None else "batch"
 
     def convert(self, model: nn.Module) -> cheapgrad.Handle | None:
-        """Convert `model` in place; return the handle, or None where there is no strategy.
+        """Convert one of the demo's models in place; return the handle, or None where there is no strategy.
 
         Small layers are converted too: the networks of the demo have no others.
         """
+        if self.kind == "checkpoint":
+            model.checkpointed = True  # pyright: ignore[reportArgumentType] - modules take any attribute
         if self.kind != "strategy":
             return None
         return cheapgrad.approximate(
@@ -54,6 +60,12 @@ class Method:
 
 
 EXACT = Method("exact", family="exact")
+CHECKPOINT = Method(
+    "checkpointing",
+    family="checkpointing",
+    checkpointed=True,
+    remark="while a part is computed again, its bytes are held again",
+)
 
 
 def make_default_methods() -> tuple[Method, ...]:

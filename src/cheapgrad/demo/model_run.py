@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from cheapgrad.cost import measure_held_bytes, scan
 from cheapgrad.demo.data import Digits
-from cheapgrad.demo.methods import EXACT, Method
+from cheapgrad.demo.methods import CHECKPOINT, EXACT, Method
 from cheapgrad.demo.noise import Noise
 from cheapgrad.demo.setups import Setup
 from cheapgrad.demo.tasks import measure_noise, train_and_test, train_half_way
@@ -102,18 +102,25 @@ class ModelRun:
         return method.batch_size or self._setup.batch_size
 
     def _measure_gradients(self) -> dict[Method, _Gradient]:
-        """Measure the exact method, batches of equal step time, and the strategies, and return them in this order."""
+        """Measure the exact method, checkpointing, batches of equal step time, and the strategies, in this order."""
         exact_methods = (EXACT, *make_batch_ladder(self._setup))
-        seconds = self._time((*exact_methods, *self._strategies), "step times")
+        checkpoint_time, *seconds = self._time((CHECKPOINT, *exact_methods, *self._strategies), "step times")
         exact_times, strategy_times = seconds[: len(exact_methods)], seconds[len(exact_methods) :]
-        exact_noise, *noises = self._measure_noise((EXACT, *self._strategies), "variance and bias")
+        exact_noise, checkpoint_noise, *noises = self._measure_noise(
+            (EXACT, CHECKPOINT, *self._strategies), "variance and bias"
+        )
         strategies = {
             method: _Gradient(took, took / exact_times[0], noise)
             for method, took, noise in zip(self._strategies, strategy_times, noises, strict=True)
         }
         sizes = [self._batch_size(method) for method in exact_methods]
         batches = self._match_batches(strategies, list(zip(sizes, exact_times, strict=True)))
-        return {EXACT: _Gradient(exact_times[0], 1.0, exact_noise), **self._measure_batches(batches), **strategies}
+        return {
+            EXACT: _Gradient(exact_times[0], 1.0, exact_noise),
+            CHECKPOINT: _Gradient(checkpoint_time, checkpoint_time / exact_times[0], checkpoint_noise),
+            **self._measure_batches(batches),
+            **strategies,
+        }
 
     def _match_batches(
         self, strategies: dict[Method, _Gradient], measured: Sequence[tuple[int, float]]
@@ -167,9 +174,9 @@ class ModelRun:
         model = self._setup.build_seeded(0).train()
         method.convert(model)
         batch = slice(self._batch_size(method))
-        classes = self._data.train_classes[batch]
-        loss = partial(functional.cross_entropy, target=classes)
-        report = scan(model, self._data.train_pictures[batch], loss=loss)
+        # Copies: a view would keep, and count as, the whole data set.
+        pictures, classes = self._data.train_pictures[batch].clone(), self._data.train_classes[batch].clone()
+        report = scan(model, pictures, loss=partial(functional.cross_entropy, target=classes))
         return tuple(
             HeldRecord(cost.module, cost.operation, cost.saved_bytes) for cost in report.operations if cost.saved_bytes
         )

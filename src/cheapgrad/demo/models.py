@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 IMAGE_SIDE = 8
 CLASSES = 10
@@ -18,10 +19,14 @@ class DigitsMLP(nn.Module):
 
     Args:
         hidden: width of both hidden layers, at least 1.
+
+    Attributes:
+        checkpointed: whether each hidden layer with its activation is computed again during backward.
     """
 
     def __init__(self, hidden: int = 512) -> None:
         super().__init__()
+        self.checkpointed = False
         pixels = IMAGE_SIDE * IMAGE_SIDE
         self.layers = nn.Sequential(
             nn.Linear(pixels, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, CLASSES)
@@ -29,7 +34,12 @@ class DigitsMLP(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Return class scores ``[B, C]`` of pictures ``[B, 8, 8]``."""
-        return self.layers(pictures.flatten(1))
+        rows = pictures.flatten(1)
+        if not self.checkpointed:
+            return self.layers(rows)
+        for first in (0, 2):
+            rows = checkpoint(self.layers[first : first + 2], rows, use_reentrant=False)
+        return self.layers[4](rows)
 
 
 class _Attention(nn.Module):
@@ -68,12 +78,16 @@ class DigitsViT(nn.Module):
         width: features per token, a multiple of `heads`.
         depth: number of blocks, at least 1.
         heads: attention heads.
+
+    Attributes:
+        checkpointed: whether each block is computed again during backward.
     """
 
     patch_side = 2
 
     def __init__(self, width: int = 128, depth: int = 2, heads: int = 4) -> None:
         super().__init__()
+        self.checkpointed = False
         tokens = (IMAGE_SIDE // self.patch_side) ** 2
         self.embedding = nn.Linear(self.patch_side**2, width)
         self.position = nn.Parameter(0.5 * torch.randn(tokens, width))
@@ -85,5 +99,10 @@ class DigitsViT(nn.Module):
         """Return class scores ``[B, C]`` of pictures ``[B, 8, 8]``."""
         side = self.patch_side
         patches = pictures.unfold(1, side, side).unfold(2, side, side).flatten(3).flatten(1, 2)
-        tokens_BTD = self.blocks(self.embedding(patches) + self.position)
+        tokens_BTD = self.embedding(patches) + self.position
+        if self.checkpointed:
+            for block in self.blocks:
+                tokens_BTD = checkpoint(block, tokens_BTD, use_reentrant=False)
+        else:
+            tokens_BTD = self.blocks(tokens_BTD)
         return self.head(self.norm(tokens_BTD).mean(1))

@@ -98,7 +98,7 @@ class NoiseMeter:
             draw_gradient,
             self.exact_gradient,
             # The exact gradient is the same in every draw; a few show that.
-            draws=min(draws, _DRAWS_OF_EXACT) if method.kind == "exact" else draws,
+            draws=min(draws, _DRAWS_OF_EXACT) if method.kind in {"exact", "checkpoint"} else draws,
             names=[name for name, _ in model.named_parameters()],
         )
         added_variance = moments.relative_variance * self.squared_norm

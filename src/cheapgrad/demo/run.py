@@ -93,7 +93,7 @@ def run_demo(directory: Path, settings: DemoSettings, console: Console) -> DemoR
         with open_workers(settings.workers) as workers, _progress(console) as add_bar:
             models = tuple(ModelRun(setup, strategies, data, amounts, workers, add_bar).run() for setup in setups)
             wide = _time_wide(settings, strategies, data, add_bar)
-        environment = {**describe_environment(), "workers": settings.workers}
+        environment = {**describe_environment(), "device": "cpu", "dtype": "float32", "workers": settings.workers}
     record = DemoRecord(
         data=data.description,
         seeds=tuple(range(settings.seeds)),

@@ -67,7 +67,8 @@ class MethodRecord:
 
     Attributes:
         label: name for people.
-        kind: ``"exact"``, ``"batch"`` (another batch size) or ``"strategy"``.
+        kind: ``"exact"``, ``"checkpoint"`` (recomputed instead of held), ``"batch"`` (another batch size) or
+            ``"strategy"``.
         family: methods that differ by their budget only share it.
         stored: the strategy for what is stored, as text, or None.
         cotangent: the strategy for the cotangent, as text, or None.
@@ -115,6 +116,11 @@ class MethodRecord:
     remark: str = ""
     tensors: tuple[TensorRecord, ...] = ()
     held: tuple[HeldRecord, ...] = ()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether its gradient is the exact one of the usual batch, so that there is nothing to audit."""
+        return self.kind in {"exact", "checkpoint"}
 
     @property
     def accuracy_mean(self) -> float:

@@ -40,7 +40,7 @@ def print_tables(record: DemoRecord, console: Console) -> None:
             f"[b]Timed only[/b]: {exact.description}; exact {1000 * exact.step_seconds:.0f} ms", highlight=False
         )
         console.print(f"  step time ÷ exact: {steps}\n", highlight=False)
-    drawn = [method for model in record.models for method in model.methods if method.kind != "exact" and method.draws]
+    drawn = [method for model in record.models for method in model.methods if not method.is_exact and method.draws]
     if drawn:
         bands = sorted({_format_z(method.band) for method in drawn})
         chance = bands[0] if len(bands) == 1 else f"up to {bands[0]} – {bands[-1]}"

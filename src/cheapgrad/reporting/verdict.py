@@ -40,7 +40,7 @@ def _for_each_model(record: DemoRecord, write: Callable[[ModelRecord], str]) -> 
 
 
 def _on_bias(record: DemoRecord) -> str:
-    methods = [method for model in record.models for method in model.methods if method.kind != "exact" and method.draws]
+    methods = [method for model in record.models for method in model.methods if not method.is_exact and method.draws]
     biased = [f"{method.label} (z = {method.max_abs_z:.1f})" for method in methods if not method.unbiased]
     if biased:
         return f"Bias: FOUND in {', '.join(biased)}; these gradients are wrong on average."

@@ -87,7 +87,7 @@ def _noise_of_methods(model: ModelRecord, title: str) -> list[NoiseGroup]:
             style=style,
         )
         for style, method in enumerate(model.methods)
-        if method.kind != "exact" and method.draws
+        if not method.is_exact and method.draws
     )
     note = f"Drawn on a fixed batch of {model.audit_batch_size} examples, with the weights of half the exact training."
     return [NoiseGroup(title, columns, note)] if columns else []

@@ -96,7 +96,7 @@ def _beats(other: tuple[float, float], one: tuple[float, float]) -> bool:
 
 def _write_row(method: MethodRecord) -> list[Html]:
     deviation = method.accuracy_deviation
-    audited = method.kind != "exact" and method.draws > 0
+    audited = not method.is_exact and method.draws > 0
     verdict = ("none found" if method.unbiased else "FOUND") if audited else UNKNOWN
     biased = audited and not method.unbiased
     return [

@@ -20,6 +20,7 @@ from benchmarks.laplace import measure_laplace
 from benchmarks.layer import measure_layers
 from benchmarks.memory import keep_freed_memory
 from benchmarks.noise import measure_noise
+from benchmarks.published import measure_published
 from benchmarks.scan import measure_scans
 from benchmarks.step import measure_steps
 from benchmarks.whole_network import measure_networks
@@ -31,6 +32,7 @@ _NAMES = (
     "noise",
     "worth",
     "networks",
+    "published",
     "codec",
     "scan",
     "curvature",
@@ -93,6 +95,8 @@ def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]
         return measure_bias(splits=300)
     if name == "networks":
         return measure_networks(rounds=arguments.rounds, compiled=arguments.compiled)
+    if name == "published":
+        return measure_published()
     if name == "codec":
         return measure_codecs(rounds=arguments.rounds)
     if name == "scan":

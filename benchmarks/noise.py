@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import cheapgrad
 from benchmarks.pictures import Patches, load_patches
 from benchmarks.vision_transformer import VisionTransformer
+from cheapgrad import recipes
 from cheapgrad.sketch import (
     ColumnNorm,
     ColumnSample,
@@ -28,12 +29,12 @@ from cheapgrad.sketch import (
 )
 
 BATCH = 128
-Methods = dict[str, tuple[cheapgrad.Rule, float | None]]
+Methods = dict[str, tuple[tuple[cheapgrad.Rule, ...], float | None]]
 
 
 def methods() -> Methods:
     """Return rules by name, with the omega to stay below where one is asked."""
-    return {
+    single = {
         "cotangent rows .5": (cheapgrad.Rule(cotangent=RowSample(0.5)), 0.10),
         "cotangent rows .35": (cheapgrad.Rule(cotangent=RowSample(0.35)), None),
         "cotangent rows .25": (cheapgrad.Rule(cotangent=RowSample(0.25)), 0.6),
@@ -57,6 +58,16 @@ def methods() -> Methods:
             None,
         ),
     }
+    whole: Methods = {
+        "recipes.memory(4)": (recipes.memory(4), 0.02),
+        "recipes.memory(2)": (recipes.memory(2), None),
+        "recipes.speed(.5)": (recipes.speed(0.5), 0.08),
+        "recipes.speed(.35)": (recipes.speed(0.35), 0.21),
+        "recipes.speed(.25)": (recipes.speed(0.25), 0.5),
+        "recipes.both(4, .5)": (recipes.both(4, 0.5), None),
+        "recipes.both(4, .35)": (recipes.both(4, 0.35), None),
+    }
+    return {name: ((rule,), target) for name, (rule, target) in single.items()} | whole
 
 
 def measure_noise(*, data: Path | None, epochs: int, batches: int, draws: int) -> Iterator[dict[str, Any]]:
@@ -69,8 +80,8 @@ def measure_noise(*, data: Path | None, epochs: int, batches: int, draws: int) -
     exact = torch.stack([_gradient(model, patches, index, weights) for index in track(chosen, "mini-batch variance")])
     minibatch = (exact - exact.mean(0)).square().sum(1).mean().item() * batches / (batches - 1)
     common = {"benchmark": "noise", "data": patches.name, "epochs": epochs, "loss": loss, "batch": BATCH}
-    for name, (rule, target) in methods().items():
-        handle = cheapgrad.approximate(model, rule)
+    for name, (rules, target) in methods().items():
+        handle = cheapgrad.approximate(model, rules)
         # Running estimates need a few steps before they predict anything.
         for index in chosen[:3]:
             _gradient(model, patches, index, weights)

@@ -8,6 +8,7 @@ window comes on top.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,7 +60,7 @@ _BITS = StochasticRounding(8)
 def _dense() -> tuple[nn.Module, Tensor]:
     sizes = (784, 300, 300, 300, 10)
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1]), torch.randn(BATCH, 784)
 

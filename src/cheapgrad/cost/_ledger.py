@@ -183,6 +183,10 @@ class Ledger(TorchDispatchMode):
         Returns:
             The storages that are held, as (path, operation, bytes), and the leaves that will get a gradient.
         """
+        # Strong references until the count is over: a freed storage's address may be given out again.
+        parcels = self.post.alive()
+        # All that a node saves, it saves under the same hooks.
+        ours = {parcel.origin.number for parcel in parcels if not parcel.origin.is_checkpoint}
         leaves: list[Tensor] = []
         hidden: list[tuple[Tensor, _Saver]] = []
         for node in walk_graph(result):
@@ -192,7 +196,7 @@ class Ledger(TorchDispatchMode):
                 continue
             number, name = node._sequence_nr(), node.name()
             self._nodes[number] = name
-            out_of_sight = self._list_foreign(node)
+            out_of_sight = [] if number in ours else self._list_foreign(node)
             if isinstance(node, torch.autograd.function.BackwardCFunction):
                 # What runs inside of a reentrant checkpoint has names of its own, in its backward pass as well.
                 if name != "CheckpointFunctionBackward":
@@ -201,8 +205,6 @@ class Ledger(TorchDispatchMode):
             if out_of_sight:
                 saver = _Saver(self.tracker.owner(node), number)
                 hidden += [(tensor, saver) for tensor in out_of_sight]
-        # Strong references until the count is over: a freed storage's address may be given out again.
-        parcels = self.post.alive()
         held = [(parcel.tensor, parcel.origin) for parcel in parcels] + hidden
         savings = self._assign_storages(held, owned)
         self.tracker.start_backward(
@@ -270,6 +272,7 @@ class Ledger(TorchDispatchMode):
         return label
 
 
+@functools.cache
 def _is_composite(operation: Any) -> bool:
     """Tell an operation that PyTorch defines by others."""
     if isinstance(operation, HigherOrderOperator) or operation is torch.ops.prim.device.default:

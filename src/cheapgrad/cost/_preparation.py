@@ -107,12 +107,11 @@ def _is_writable_buffer(tensor: Tensor) -> bool:
     return not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
-def has_compiled_parts(model: nn.Module) -> bool:
-    """Tell whether `torch.compile` was called on the model or on modules in it."""
-    return any(
-        module._compiled_call_impl is not None or type(module).__module__ == "torch._dynamo.eval_frame"
-        for module in model.modules()
-    )
+def has_compiled_parts(modules: Iterable[nn.Module]) -> bool:
+    """Tell whether `torch.compile` was called on one of the modules."""
+    modules = list(modules)
+    wrapped = any(kind.__module__ == "torch._dynamo.eval_frame" for kind in set(map(type, modules)))
+    return wrapped or any(module._compiled_call_impl is not None for module in modules)
 
 
 @contextlib.contextmanager

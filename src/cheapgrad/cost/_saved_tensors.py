@@ -27,7 +27,7 @@ class Parcel:
     __slots__ = ("__weakref__", "origin", "tensor")
 
     def __init__(self, tensor: Tensor, origin: Any) -> None:
-        self.tensor = tensor.detach() if _may_be_output(tensor) else tensor
+        self.tensor = _cut_off(tensor) if _may_be_output(tensor) else tensor
         self.origin = origin
 
 
@@ -38,6 +38,15 @@ def _may_be_output(tensor: Tensor) -> bool:
         return False
     # Custom functions may make other nodes before they save.
     return isinstance(node, BackwardCFunction) or node._sequence_nr() == next_node_number() - 1
+
+
+def _cut_off(tensor: Tensor) -> Tensor:
+    """Return the tensor without its node."""
+    if type(tensor) is not Tensor:
+        return tensor.detach()
+    # Past the modes that watch operations: this is none of the model's, and they take their time.
+    with torch._C._DisableTorchDispatch():
+        return tensor.detach()
 
 
 class ParcelPost:

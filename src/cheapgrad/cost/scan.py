@@ -100,11 +100,12 @@ def scan(
         tracker = ModuleTracker(model)
         ledger, outputs = Ledger(tracker, fake=fake), OutputNotes(len(tracker.names))
         stack.enter_context(tracker.attached(outputs.add))
-        is_compiled = has_compiled_parts(model)
+        is_compiled = has_compiled_parts(tracker.modules)
         if is_compiled:
             # Eagerly, a module and what was compiled of it are two modules, each with its row.
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+        inputs, kwargs = detach_inputs((inputs, kwargs))
         stack.enter_context(ledger)
         with saved_tensors_hooks(ledger.post.pack, ledger.post.unpack):
             output, targets = _run_forward(model, inputs, kwargs, loss, tracker)
@@ -132,7 +133,6 @@ def _run_forward(
     tracker: ModuleTracker,
 ) -> tuple[Any, list[Tensor]]:
     """Return the model's output, and the tensors that are differentiated."""
-    inputs, kwargs = detach_inputs((inputs, kwargs))
     try:
         output = model(*inputs, **kwargs)
     except FormulaError:

@@ -55,35 +55,49 @@ def recognise_chain(x: Tensor, stored: AbstractStrategy | None) -> Chain | None:
         x: the output of the activation.
         stored: codec for the activation's derivative, or None to keep what autograd keeps.
 
-    Works in eager mode only: compiled graphs and torch.func transforms show no autograd graph, and to read what a node
-    saved would make a checkpoint run its block again. A tensor that was overwritten, or whose gradient somebody asked
-    to see, is not passed over.
+    Works in eager mode only: compiled graphs and torch.func transforms show no autograd graph. A tensor that was
+    overwritten, or whose gradient somebody asked to see, is not passed over.
     """
-    if torch.compiler.is_compiling() or _is_inside_checkpoint():
+    if not shows_saved_tensors():
         return None
     node: Any = x.grad_fn
-    describe = _NODES.get(node.name()) if node is not None else None
-    if node is None or describe is None or is_observed(x):
+    if node is None or not recognises(node) or is_observed(x):
         return None
     chain = chain_of_node(node.next_functions[0][0])
-    if chain is None:
+    read = None if chain is None else read_activation(node)
+    if chain is None or read is None:
         return None
-    # Of an activation whose derivative is a function of the output, the output is kept.
-    try:
-        held = node._saved_self if hasattr(node, "_saved_self") else node._saved_result
-    except RuntimeError:
-        # Freed by a backward pass, or overwritten: autograd will say so if it matters.
-        return None
-    stage = ActivationStage(describe(node), stored, keeps_output=not hasattr(node, "_saved_self"))
+    stage, held = dataclasses.replace(read[0], stored=stored), read[1]
     with torch.no_grad():
-        link = Link(stage, (), stage.record(held.detach(), (), is_rebuilt=False))
+        link = Link(stage, (), stage.record(held, (), is_rebuilt=False))
     # The activation's own node holds the tensor that codes are to replace.
     is_linked = chain.is_linked and stored is None
     return dataclasses.replace(chain, links=(*settle(chain).links, link), version=x._version, is_linked=is_linked)
 
 
-def _is_inside_checkpoint() -> bool:
-    """Tell whether a checkpoint (not a reentrant one) decides what is saved here."""
+def read_activation(node: Any) -> tuple[ActivationStage, Tensor] | None:
+    """Return the activation that a node stands for and what it holds, its input or its output; None if it was freed.
+
+    Args:
+        node: one that `recognises` knows.
+    """
+    reads_input = hasattr(type(node), "_saved_self")
+    try:
+        held = node._saved_self if reads_input else node._saved_result
+    except RuntimeError:
+        # Freed by a backward pass, or overwritten: autograd will say so if it matters.
+        return None
+    # Of an activation whose derivative is a function of the output, the output is held.
+    return ActivationStage(_NODES[node.name()](node), keeps_output=not reads_input), held.detach()
+
+
+def shows_saved_tensors() -> bool:
+    """Tell whether nodes can be asked what they saved: not in compiled graphs, and not inside a checkpoint.
+
+    A checkpoint that is not a reentrant one would run its block again for an answer.
+    """
+    if torch.compiler.is_compiling():
+        return False
     scope = current_scope()
     hooks = (_autograd._top_saved_tensors_default_hooks(True), scope.outer_hooks if scope is not None else None)
-    return any(pair is not None and pair[0].__module__ == "torch.utils.checkpoint" for pair in hooks)
+    return all(pair is None or pair[0].__module__ != "torch.utils.checkpoint" for pair in hooks)

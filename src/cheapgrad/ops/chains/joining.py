@@ -10,6 +10,7 @@ from torch import Tensor
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.chain import Chain, Link, attach_chain, chain_of, let_rebuild, run_stage, settle
 from cheapgrad.ops.chains.functional import recognise_chain
+from cheapgrad.ops.chains.gated import recognise_gate
 from cheapgrad.ops.chains.linear_stage import LinearStage
 from cheapgrad.ops.chains.producers import is_held_by_attention
 from cheapgrad.ops.chains.rebuilding import current_scope
@@ -46,7 +47,7 @@ def linear_in_chain(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, 
     if plan.stored is not None and is_held_by_attention(x):
         # A second copy, in codes, would only cost time and noise.
         plan = dataclasses.replace(plan, stored=None)
-    chain = chain_of(x) or recognise_chain(x, plan.stored)
+    chain = chain_of(x) or recognise_chain(x, plan.stored) or recognise_gate(x, plan.stored)
     may_rebuild = plan.recompute and current_scope() is not None
     if chain is not None and _shares_rows(chain, plan):
         weight, bias = cast_for_autocast(weight, bias)
@@ -69,7 +70,7 @@ def linear_in_chain(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, 
 
 def _start_chain(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, is_flat: bool) -> Tensor:
     stage = LinearStage(plan.stored, is_flat)
-    if plan.stored is not None and plan.cotangent is not None:
+    if plan.stored is not None:
         x, weight, bias = cast_for_autocast(x, weight, bias)
         return run_stage(x, stage, (weight, bias), plan.cotangent, None)
     output = _linear_alone(x, weight, bias, plan, is_flat)

@@ -61,13 +61,22 @@ class LinearStage(AbstractStage):
         rebuild: Rebuild | None,
     ) -> AbstractOpenedStage:
         """Return the stage, with a way to its input."""
-        weight_OI = _present(parameters[0])
+        return _OpenedLinear(_present(parameters[0]), self.input_rows(record, parameters, rows, rebuild))
+
+    def input_rows(
+        self,
+        record: tuple[Tensor, ...],
+        parameters: tuple[Tensor | None, ...],
+        rows: KeptRows,
+        rebuild: Rebuild | None,
+    ) -> Rebuild | None:
+        """Return the way to X on the kept rows, or None where nothing is kept of it; arguments as for `open`."""
         if not record:
-            return _OpenedLinear(weight_OI, rebuild)
+            return rebuild
         if self.stored is None:
-            return _OpenedLinear(weight_OI, lambda: rows.take_visibly(record[0]))
-        codec, inputs = self.stored, weight_OI.shape[1]
-        return _OpenedLinear(weight_OI, lambda: rows.decode(codec, record, inputs, weight_OI.dtype))
+            return lambda: rows.take_visibly(record[0])
+        codec, weight_OI = self.stored, _present(parameters[0])
+        return lambda: rows.decode(codec, record, weight_OI.shape[1], weight_OI.dtype)
 
 
 class _OpenedLinear(AbstractOpenedStage):

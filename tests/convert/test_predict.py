@@ -146,8 +146,8 @@ def test_summary_after_a_batch_and_a_prediction():
     handle.predict(squared_loss(model, x))
     lines = handle.summary().splitlines()
     assert lines[0] == "cheapgrad: 2 of 3 matched layers converted"
-    # 64 x 256 floats; 4 bits and 4 bytes per group of 64.
-    assert lines[1].startswith("inputs kept by these layers 64.00 KiB → 9.00 KiB, their backward products ")
+    # 64 x 256 floats; 4 bits and 4 bytes per group of 64. The activation's 64 x 512 floats, and one bit for each.
+    assert lines[1].startswith("inputs kept by these layers 192.00 KiB → 13.00 KiB, their backward products ")
     first = next(line for line in lines if line.startswith("0 "))
     assert "64.00 KiB → 9.00 KiB" in first
     # The text of this column is broken over lines.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from cheapgrad.convert.kinds.element_wise import element_wise_kind
-from cheapgrad.convert.kinds.row_wise import row_wise_kind
+from cheapgrad.convert.kinds.element_wise import element_wise_kind, why_not_codes
+from cheapgrad.convert.kinds.row_wise import row_wise_kind, why_not_row_wise
 from cheapgrad.ops.chains.dropout_stage import DropoutStage
 from cheapgrad.ops.chains.joining import stage_in_chain
 from cheapgrad.ops.dropout import Dropping, sketched_dropout
@@ -67,7 +68,24 @@ def _saved_bytes(strategy: AbstractStrategy | None, moment: Moment, shape: Dropo
     return float(math.prod(shape.shape[:-1]) * -(-shape.shape[-1] // 8))
 
 
+def _why_not(module: Any, strategy: AbstractStrategy, moment: Moment) -> str:
+    if not 0 < module.p < 1:
+        return f"no mask is held for a chance of {module.p:g}"
+    check = why_not_row_wise if isinstance(module, nn.Dropout) else why_not_codes
+    return check(module, strategy, moment)
+
+
 DROPOUTS = (
-    row_wise_kind(nn.Dropout, _run_dropout, shape=_shape, saved_bytes=_saved_bytes, draws_codes=False),
-    element_wise_kind(nn.AlphaDropout, _run_alpha_dropout, shape=_shape, saved_bytes=_saved_bytes, draws_codes=False),
+    dataclasses.replace(
+        row_wise_kind(nn.Dropout, _run_dropout, shape=_shape, saved_bytes=_saved_bytes, draws_codes=False),
+        why_not=_why_not,
+    ),
+    element_wise_kind(
+        nn.AlphaDropout,
+        _run_alpha_dropout,
+        shape=_shape,
+        saved_bytes=_saved_bytes,
+        why_not=_why_not,
+        draws_codes=False,
+    ),
 )

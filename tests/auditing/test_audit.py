@@ -80,6 +80,29 @@ def test_derivative_error_is_the_error():
     assert report.layer("0.weight").derivative_error == 0
 
 
+def test_hooks_on_parameters_are_seen():
+    model = make_network(planted.exact)
+    assert audit(model, mean_loss, make_batch(), draws=8).unbiased
+    model[5].weight.register_hook(lambda gradient: 1.01 * gradient)
+    report = audit(model, mean_loss, make_batch(), draws=8)
+    assert [layer.name for layer in report.biased_layers] == ["5.weight"]
+    assert report.layer("5.weight").derivative_error == pytest.approx(0.01, rel=0.01)
+
+
+def test_lower_precision_of_both_is_no_error_of_the_reference():
+    model = make_network(planted.exact)
+    model[3] = nn.Linear(planted.H, planted.H)
+
+    def loss_fn(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return mean_loss(model, batch)
+
+    for seed in range(10):
+        report = audit(model, loss_fn, make_batch(seed), draws=8)
+        assert report.derivative_checked
+        assert report.unbiased
+
+
 def test_kinks_are_no_errors():
     for seed in range(5):
         torch.manual_seed(seed)

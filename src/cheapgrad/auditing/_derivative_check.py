@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cheapgrad.auditing._examples import map_tensors
-from cheapgrad.auditing._step import LossFunction, exact_step
+from cheapgrad.auditing._step import DrawnGradient, LossFunction, Step, exact_step
 from cheapgrad.auditing._surroundings import seed_all
 
 # Step of the differences, relative to the parameters: in double precision, far from rounding and from curvature.
@@ -21,6 +21,11 @@ _DIRECTIONS = 2
 # A derivative that is off by more than this fraction is wrong; what the two steps disagree by is added.
 _WRONG = 1e-4
 _DISAGREEMENT = 10
+# The model's gradient may differ from that of its double by this fraction, and by so many units in the last place of
+# the lowest precision that the forward pass holds tensors in.
+_OTHER = 1e-3
+_OTHER_ULPS = 16
+_SAME_LOSS = 0.01
 _SEED = 20240301
 
 
@@ -39,24 +44,25 @@ class DerivativeCheck:
     wrong: tuple[tuple[str, float], ...] = ()
 
 
-def check_derivative(model: nn.Module, loss_fn: LossFunction, batch: Any, seed: int) -> DerivativeCheck:
+def check_derivative(step: Step, batch: Any, exact: DrawnGradient, seed: int) -> DerivativeCheck:
     """Compare the exact gradient with central differences of the loss, in double precision on a copy.
 
     First along two random directions of all parameters together, at two step sizes; only where these disagree with the
-    gradient, along one direction of each parameter.
+    gradient, along one direction of each parameter. The copy has no hooks, so its gradient is then compared with that
+    of the model itself.
 
     Args:
-        model: copied.
-        loss_fn: of the model and the batch; must use the model that it is given.
+        step: its model is copied; its loss function must use the model that it is given.
         batch: the batch.
-        seed: of the forward pass.
+        exact: the exact gradient of the model itself.
+        seed: that it was drawn with.
     """
     try:
-        problem = _Problem(model, loss_fn, batch, seed)
+        problem = _Problem(step.model, step.loss_fn, batch, seed)
         if not problem.depends_on_copy():
             return DerivativeCheck(False, "the loss function does not use the model that it is given")
         suspects = any(problem.is_wrong(problem.directions(number)) for number in range(_DIRECTIONS))
-        wrong = problem.list_wrong() if suspects else ()
+        wrong = problem.list_wrong() if suspects else problem.list_other(exact, _lowest_precision(step, batch, seed))
     except Exception as error:
         # Models that have no copy or no double precision are audited without this check.
         text = " ".join(str(error).split())
@@ -79,7 +85,7 @@ class _Problem:
             torch.zeros_like(parameter) if gradient is None else gradient
             for parameter, gradient in zip(self._parameters, gradients, strict=True)
         ]
-        self._size = abs(float(loss.detach()))
+        self._loss_value = float(loss.detach())
 
     def _loss(self) -> Tensor:
         seed_all(self._seed)
@@ -109,7 +115,7 @@ class _Problem:
         ]
         coarse, fine = (self._difference(directions, step) for step in (_STEP, _STEP / 10))
         # The rounding of the loss counts, too.
-        slack = _DISAGREEMENT * abs(coarse - fine) + 1e-14 * self._size / _STEP
+        slack = _DISAGREEMENT * abs(coarse - fine) + 1e-14 * abs(self._loss_value) / _STEP
         error, size = abs(math.fsum(slopes) - coarse), math.hypot(*slopes)
         if error <= _WRONG * size + slack:
             return None
@@ -137,6 +143,42 @@ class _Problem:
             if error is not None:
                 wrong.append((name, error))
         return tuple(wrong)
+
+    def list_other(self, exact: DrawnGradient, precision: torch.dtype) -> tuple[tuple[str, float], ...]:
+        """Return the parameters whose exact gradient is not that of the copy, with the relative error.
+
+        What lower precision explains is none, nor what is small beside the whole gradient: it may be rounding alone.
+
+        Args:
+            exact: the exact gradient of the model itself.
+            precision: of what its forward pass holds.
+        """
+        if exact.loss is None or not math.isclose(exact.loss, self._loss_value, rel_tol=_SAME_LOSS):
+            # Dropout in double precision has other masks.
+            return ()
+        allowed = _OTHER + _OTHER_ULPS * torch.finfo(precision).eps
+        size = math.hypot(*(float(gradient.norm()) for gradient in self._gradients))
+        other = []
+        for name, own, gradient in zip(self._names, exact.tensors, self._gradients, strict=True):
+            error, length = float((own.double() - gradient).norm()), float(gradient.norm())
+            if error > allowed * length and error > _OTHER * allowed * size:
+                other.append((name, error / max(length, 1e-300)))
+        return tuple(other)
+
+
+def _lowest_precision(step: Step, batch: Any, seed: int) -> torch.dtype:
+    """Return the coarsest type of the tensors that the forward pass holds for backward."""
+    dtypes = {torch.float64}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            dtypes.add(tensor.dtype)
+        return tensor
+
+    seed_all(seed)
+    with exact_step(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step.loss_fn(step.model, batch)
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _typical_size(tensor: Tensor) -> float:

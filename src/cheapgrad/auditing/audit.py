@@ -187,10 +187,11 @@ def _run(step: Step, batch: Any, settings: AuditSettings, progress: bool | None)
     pool = Pool(settings.group)
     seed_of = functools.partial(make_seed, settings.seed or 0, pool.rank)
     draws_noise = find_noise(step, batch, seed_of, seed_given=settings.seed is not None)
-    collector = ErrorCollector(step.draw_exact(batch, seed_of("first")).tensors, step.names, settings.tolerance)
+    exact = step.draw_exact(batch, seed_of("first"))
+    collector = ErrorCollector(exact.tensors, step.names, settings.tolerance)
     check = DerivativeCheck(False)
     if step.reference is None:
-        check = check_derivative(step.model, step.loss_fn, batch, seed_of("first"))
+        check = check_derivative(step, batch, exact, seed_of("first"))
     mini_batch = MiniBatchNoise(None, "mini-batch variance unknown: split=False")
     if settings.split:
         mini_batch = measure_mini_batch_noise(step, batch, seed_of, draws_noise=draws_noise)

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.audit import measure_audits
 from benchmarks.bias import measure_bias, measure_debiased_steps
 from benchmarks.codec import measure_codecs
 from benchmarks.curvature import measure_curvature
@@ -39,6 +40,7 @@ _NAMES = (
     "bias",
     "debiased_steps",
     "laplace",
+    "audit",
 )
 
 
@@ -93,6 +95,8 @@ def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]
         return measure_laplace(seeds=8)
     if name == "bias":
         return measure_bias(splits=300)
+    if name == "audit":
+        return measure_audits()
     if name == "networks":
         return measure_networks(rounds=arguments.rounds, compiled=arguments.compiled)
     if name == "published":

@@ -48,6 +48,8 @@ def _shape(module: Any, x: Tensor, output: Tensor) -> RowShape:
     stock = module._cheapgrad.original_class
     form = RmsForm.TORCH if _is_torchs(stock) else RmsForm(_recognise(stock).split("/")[0])
     weighted_bytes = x.element_size() if form is RmsForm.WEIGHTED_LAST else wide_bytes
+    if module.weight is None:
+        weighted_bytes = 0
     offset_bytes = features * wide_bytes if form is RmsForm.OFFSET else 0
     stock_bytes = rows * (features * (wide_bytes + weighted_bytes) + wide_bytes) + offset_bytes
     if form is RmsForm.TORCH and x.device.type == "cuda":

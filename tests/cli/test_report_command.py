@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
+import torch
 
 from cheapgrad.cli import main
 from tests.reporting.page_reader import find, read, read_table, text_of
@@ -85,3 +88,47 @@ def test_unwritable_output(runs, tmp_path, capsys, monkeypatch):
     assert "No space left on device" in failed(capsys, runs, "-o", out)
     assert not out.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blocker", "runs"]
+
+
+MODELS = """
+import torch
+from torch import nn
+
+def scanned():
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)), torch.randn(5, 8)
+
+def audited():
+    torch.manual_seed(0)
+    model, inputs = scanned()
+    return model, lambda model, batch: model(batch).square().mean(), inputs
+"""
+
+
+def test_commands_say_how_to_do_it_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "report_models.py").write_text(MODELS)
+    (tmp_path / "runs").mkdir()
+    assert main(["scan", "report_models:scanned", "--json"]) == 0
+    (tmp_path / "runs" / "exact.json").write_text(capsys.readouterr().out)
+    assert main(["audit", "report_models:audited", "--draws", "8", "--json", "runs/audit.json"]) == 0
+    assert main(["report", "runs"]) == 0
+    page = read((tmp_path / "report.html").read_text())
+    origin = text_of(find(page, "origin"))
+    assert "exact.json: cheapgrad scan report_models:scanned" in origin
+    assert "audit.json: cheapgrad audit report_models:audited --draws 8 --alpha 0.01" in origin
+    assert str(tmp_path) not in origin
+    headings, rows = read_table(page, "environment")
+    assert headings == ["", "audit.json", "exact.json"]
+    assert rows["torch"] == [torch.__version__] * 2
+
+
+def test_program_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent.parent / "docs" / "report.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(compile(block, "report.md", "exec"), {})
+    page = read((tmp_path / "report.html").read_text())
+    assert "No bias found in 1 gradient" in text_of(find(page, "verdict"))
+    headings, _ = read_table(page, "held-0-modules")
+    assert headings == ["module", "exactmeasured", "sketchedmeasured"]
+    assert read_table(page, "files")[1]["audit.json"][:2] == ["cheapgrad.audit", "0"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cheapgrad.cli.factories import call_factory, import_factory
+from cheapgrad.cli.origin import describe_origin
 from cheapgrad.errors import FactoryError, OutputError
 
 _DESCRIPTION = """\
@@ -47,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     """Audit what the factory returns, print the report, and return 1 if it is biased."""
     # Imported here, so that `cheapgrad --version` and a mistyped option do not wait for it.
     from cheapgrad.auditing import audit, audit_step
-    from cheapgrad.files import prepare_directory
+    from cheapgrad.files import prepare_directory, write_whole
 
     if options.json is not None:
         if options.json.is_dir():
@@ -61,7 +63,10 @@ def run(options: argparse.Namespace) -> int:
     else:
         report = audit(model, loss_fn, batch, **settings, **arguments)
     if options.json is not None:
-        report.save(options.json)
+        words = ["audit", options.factory, "--draws", options.draws, "--alpha", options.alpha]
+        words += [] if options.seed is None else ["--seed", options.seed]
+        data = {**report.to_dict(), **describe_origin(words)}
+        write_whole(options.json, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
     print(report)
     return 0 if report.unbiased else 1
 

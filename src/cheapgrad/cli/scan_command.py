@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cheapgrad.cli.factories import call_factory, import_factory
+from cheapgrad.cli.origin import describe_origin
 from cheapgrad.errors import FactoryError
 
 _DESCRIPTION = """\
@@ -60,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
         model, args, kwargs, loss = _call_factory(factory, options.factory)
     report = scan(model, *args, loss=loss, fake=options.fake, **kwargs)
     if options.json:
-        print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
+        origin = describe_origin(["scan", options.factory, "--fake" if options.fake else None])
+        print(json.dumps({**report.to_dict(), **origin}, indent=2, allow_nan=False))
     else:
         print(report.table(options.top or None))
     return 0

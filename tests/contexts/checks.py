@@ -16,7 +16,7 @@ LARGEST_ERROR = 0.03
 def check_draws(row: Row, draws: Tensor, tolerance: float = 1e-4) -> None:
     """Check that the draws of dW ``[draws, weight shape]`` are fresh, select the same rows twice, and are unbiased."""
     matrices = row.layer.matrix(draws.cpu().double())
-    exact = torch.diag(1 + torch.arange(matrices.shape[-1], dtype=torch.float64) / matrices.shape[-1])
+    exact = row.layer.expected()
     assert torch.isfinite(matrices).all()
     # Eight bits hold the identity up to the rounding of bfloat16: no two draws differ, for none has an error.
     is_exact = torch.allclose(matrices[0], exact, atol=tolerance)

@@ -29,6 +29,10 @@ class LayerCase:
         rows: shape of the rows: ``(32,)`` for a matrix, ``(B, T)`` for a sequence, ``(B, height, ...)`` for images.
         is_convolution: whether features are the second axis instead of the last.
         is_transposed: whether the weight is ``[I, O, ...]``.
+        after: makes an operation that stands behind the layer and is converted in its place. The weight gradient of a
+            layer whose input is the identity is the cotangent of that operation's input.
+        reference: a function with the operation's mean gradient, or None where that is the stock operation itself.
+        family: operations that share their code, all but one of which run in few contexts only.
     """
 
     name: str
@@ -36,6 +40,32 @@ class LayerCase:
     rows: tuple[int, ...]
     is_convolution: bool = False
     is_transposed: bool = False
+    after: Callable[[], nn.Module] | None = None
+    reference: Callable[[Tensor], Tensor] | None = None
+    family: str = ""
+
+    def model(self) -> nn.Sequential:
+        """Return the stock layer, with the operation behind it, in a model of its own."""
+        layer = self.build()
+        if self.after is None:
+            return nn.Sequential(layer)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(5)))
+        return nn.Sequential(layer, self.after())
+
+    @property
+    def pattern(self) -> str:
+        """The name of what is converted."""
+        return "0" if self.after is None else "1*"
+
+    def expected(self) -> Tensor:
+        """Return the exact weight gradient as a matrix, in double precision."""
+        if self.after is None:
+            return torch.diag(1 + torch.arange(SIZE, dtype=torch.float64) / SIZE)
+        layer, after = self.model().double()
+        output = (self.reference or after)(layer(self.identity_input().double()))
+        (gradient,) = torch.autograd.grad(output, layer.weight, self.diagonal_cotangent().double())
+        return self.matrix(gradient)
 
     def _arrange(self, matrix: Tensor) -> Tensor:
         tensor = matrix.view(*self.rows, SIZE)
@@ -79,3 +109,107 @@ OTHER_CONVOLUTIONS = (
     _convolution(nn.ConvTranspose2d, (8, 2, 2)),
     _convolution(nn.ConvTranspose3d, (8, 4, 1, 1)),
 )
+
+
+class Squared(nn.Module):
+    """Makes the cotangent depend on the output, so that another mask in backward shows in the mean."""
+
+    def forward(self, x):
+        """Return the squares."""
+        return x.square()
+
+
+class LlamaRMSNorm(nn.Module):
+    """The norm of the Llama family, as transformers has it."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, features))
+        self.variance_epsilon = 1e-6
+
+    def forward(self, hidden_states):
+        """Normalise in single precision."""
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(dtype)
+
+
+DROPPED = 0.2
+# Of alpha dropout: what is put in the place of dropped entries, less the sign, and what everything is multiplied by.
+_ALPHA = 1.7580993408473766
+_FACTOR = ((_ALPHA**2 * DROPPED + 1) * (1 - DROPPED)) ** -0.5
+
+
+def _behind_linear(
+    family: str, after: Callable[[], nn.Module], reference: Callable[[Tensor], Tensor] | None = None
+) -> LayerCase:
+    name = type(after()[0] if isinstance(after(), nn.Sequential) else after()).__name__
+    return LayerCase(name, LINEAR.build, (SIZE,), after=after, reference=reference, family=family)
+
+
+def _behind_convolution(family: str, axes: int, after: Callable[[], nn.Module]) -> LayerCase:
+    stock, rows = ((nn.Conv1d, (8, 4)), (nn.Conv2d, (8, 2, 2)), (nn.Conv3d, (8, 4, 1, 1)))[axes - 1]
+    return LayerCase(
+        type(after()).__name__,
+        lambda: stock(SIZE, SIZE, 1, bias=False),
+        rows,
+        is_convolution=True,
+        after=after,
+        family=family,
+    )
+
+
+# The first of each family stands for all where a run takes time.
+BEHIND = (
+    _behind_linear("norms over features", lambda: nn.LayerNorm(SIZE)),
+    _behind_linear("root mean square norms", lambda: nn.RMSNorm(SIZE)),
+    _behind_linear("recognised norms", lambda: LlamaRMSNorm(SIZE)),
+    _behind_convolution("norms over images", 2, lambda: nn.BatchNorm2d(SIZE, track_running_stats=False)),
+    _behind_linear("norms over images", lambda: nn.BatchNorm1d(SIZE, track_running_stats=False)),
+    _behind_convolution("norms over images", 3, lambda: nn.BatchNorm3d(SIZE, track_running_stats=False)),
+    _behind_convolution("norms over images", 2, lambda: nn.GroupNorm(4, SIZE)),
+    *(
+        _behind_convolution("norms over images", axes, lambda stock=stock: stock(SIZE, affine=True))
+        for axes, stock in enumerate((nn.InstanceNorm1d, nn.InstanceNorm2d), 1)
+    ),
+    _behind_convolution("norms over images", 3, lambda: nn.InstanceNorm3d(SIZE, affine=True)),
+    *(
+        _behind_linear("smooth activations", stock)
+        for stock in (
+            nn.GELU,
+            nn.SiLU,
+            nn.Mish,
+            nn.Hardswish,
+            nn.Tanh,
+            nn.Sigmoid,
+            nn.Softplus,
+            nn.LogSigmoid,
+            nn.ELU,
+            nn.CELU,
+            nn.SELU,
+        )
+    ),
+    *(
+        _behind_linear("piecewise linear activations", stock)
+        for stock in (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid)
+    ),
+    _behind_linear("activations with slopes", nn.PReLU),
+    _behind_linear(
+        "dropout",
+        lambda: nn.Sequential(nn.Dropout(DROPPED), Squared()),
+        lambda hidden: hidden.square() / (1 - DROPPED),
+    ),
+    _behind_linear(
+        "dropout",
+        lambda: nn.Sequential(nn.AlphaDropout(DROPPED), Squared()),
+        lambda hidden: (hidden.square() + 2 * hidden * _ALPHA * DROPPED) * _FACTOR**2 * (1 - DROPPED),
+    ),
+    *(
+        _behind_convolution("max-pooling", axes, lambda stock=stock: stock(3, 1, 1))
+        for axes, stock in ((2, nn.MaxPool2d), (1, nn.MaxPool1d), (3, nn.MaxPool3d))
+    ),
+)
+# Families whose gradient is exact: processes that draw nothing of their own have nothing to draw apart.
+EXACT = ("piecewise linear activations", "activations with slopes", "dropout", "max-pooling")

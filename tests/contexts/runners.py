@@ -21,8 +21,8 @@ Draw = Callable[[int], Tensor]
 
 def converted_model(row: Row, device: str) -> nn.Sequential:
     """Return the row's layer in a model of its own, converted."""
-    model = nn.Sequential(row.layer.build()).to(device)
-    approximate(model, row.placement.rule("0"), skip_small=False)
+    model = row.layer.model().to(device)
+    approximate(model, row.placement.rule(row.layer.pattern), skip_small=False)
     return model
 
 
@@ -113,7 +113,7 @@ def copied(duplicate: Callable[[Any], Any]) -> Callable[[Row, str], Draw]:
 
 def through_state_dict(row: Row, device: str) -> Draw:
     """Draw after the parameters went to a plain model's state_dict and back, by way of a file."""
-    plain, model = nn.Sequential(row.layer.build()).to(device), converted_model(row, device)
+    plain, model = row.layer.model().to(device), converted_model(row, device)
     plain.load_state_dict(model.state_dict())
     buffer = io.BytesIO()
     torch.save(plain.state_dict(), buffer)

@@ -23,7 +23,9 @@ from cheapgrad.sketch import (
     Uniform,
 )
 from tests.contexts.layers import (
+    BEHIND,
     CONVOLUTION_2D,
+    EXACT,
     LINEAR,
     OTHER_CONVOLUTIONS,
     SEQUENCE,
@@ -31,6 +33,9 @@ from tests.contexts.layers import (
     LayerCase,
 )
 from tests.placements import PLACEMENTS, Placement
+
+# Contexts for rows that share their code with another one.
+_FEW = ("eager", "vmap", "autocast")
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,13 @@ class Row:
         layer: the layer.
         placement: the strategies.
         is_representative: whether it also runs where a run is dear: the optimising compiler and two processes.
+        is_like_another: whether a row of its family runs everywhere and this one where nothing is compiled or copied.
     """
 
     layer: LayerCase
     placement: Placement
     is_representative: bool = False
+    is_like_another: bool = False
 
     @property
     def name(self) -> str:
@@ -62,15 +69,21 @@ class Context:
         title: what the table's head says.
         explanation: what is run.
         is_dear: whether it runs for representative rows only.
+        draws_apart: whether it is about what two processes draw.
     """
 
     key: str
     title: str
     explanation: str
     is_dear: bool = False
+    draws_apart: bool = False
 
     def covers(self, row: Row) -> bool:
         """Tell whether the row is tested in this context."""
+        if self.draws_apart and row.layer.family in EXACT:
+            return False
+        if row.is_like_another:
+            return self.key in _FEW
         return row.is_representative or not self.is_dear
 
 
@@ -142,6 +155,14 @@ ROWS: tuple[Row, ...] = (
     ),
 )
 
+_CODES = Placement(stored=StochasticRounding(4), selects=False)
+_FIRSTS = {case.family: case for case in reversed(BEHIND)}
+
+ROWS += tuple(
+    Row(case, _CODES, is_representative=_FIRSTS[case.family] is case, is_like_another=_FIRSTS[case.family] is not case)
+    for case in BEHIND
+)
+
 CONTEXTS: tuple[Context, ...] = (
     Context("eager", "eager", "plain `backward()`"),
     Context("aot_eager", "compile, aot_eager", '`torch.compile(backend="aot_eager", fullgraph=True)`'),
@@ -153,8 +174,8 @@ CONTEXTS: tuple[Context, ...] = (
     Context("deepcopy", "deepcopy", "`copy.deepcopy` of the converted model"),
     Context("pickle", "pickle", "`pickle.loads(pickle.dumps(model))` of the converted model"),
     Context("state_dict", "state_dict", "state_dict to and from a plain model"),
-    Context("ddp", "DDP", "`DistributedDataParallel` on two gloo processes", is_dear=True),
-    Context("fsdp2", "FSDP2", "`fully_shard` on two gloo processes", is_dear=True),
+    Context("ddp", "DDP", "`DistributedDataParallel` on two gloo processes", is_dear=True, draws_apart=True),
+    Context("fsdp2", "FSDP2", "`fully_shard` on two gloo processes", is_dear=True, draws_apart=True),
 )
 
 REFUSALS: tuple[Refusal, ...] = (

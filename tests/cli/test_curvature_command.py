@@ -92,6 +92,12 @@ def test_two_single_batches_that_are_the_population(capsys):
     assert [row.low for row in report.rows] == [row.corrected for row in report.rows]
 
 
+def test_no_work_is_done_where_no_picture_can_be_drawn(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["curvature", "no_such_module:x"]) == 2
+    assert "pip install 'cheapgrad[report]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

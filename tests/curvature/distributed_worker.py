@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cheapgrad.curvature import BatchReader, Draws, GaussNewton, Hessian, MonteCarloFisher, top_eigenpairs
-from cheapgrad.errors import OperandError
+from cheapgrad.errors import BatchError, OperandError
 
 
 def _make_model() -> nn.Module:
@@ -37,6 +37,8 @@ def main(rank: int, store_file: str) -> None:
         assert [part.example_count for part in parts] == [3, 8]
         mean = sum(part.weight * (part.operator @ columns) for part in parts)
         torch.testing.assert_close(mean, whole @ columns, rtol=1e-12, atol=1e-14)
+    with pytest.raises(BatchError, match="from 1 to 2 batches, this one"):
+        _ = Hessian(model, loss, own[: 1 + rank], reader=reader).micro_batches
     fisher = MonteCarloFisher(model, loss, own, reader=reader, draws=Draws(3))
     product = fisher @ columns
     torch.testing.assert_close(fisher @ columns, product, rtol=0, atol=0)
@@ -49,6 +51,8 @@ def main(rank: int, store_file: str) -> None:
     torch.testing.assert_close(values, truth, rtol=1e-8, atol=1e-10)
     with pytest.raises(OperandError, match="the 2 processes of the group multiply different operands"):
         Hessian(model, loss, own, reader=reader) @ (columns + rank)
+    # A process that ends while another one still talks to it takes that one down.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

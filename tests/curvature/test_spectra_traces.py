@@ -102,13 +102,14 @@ def test_xtrace_and_xdiag_follow_their_definition(monkeypatch: pytest.MonkeyPatc
     _with_signs(monkeypatch, exchangeable, signs, signs)
     trace, diagonal = xtrace(matrix, products=11), xdiag(matrix, products=10)
     assert trace.value == pytest.approx(float(traces.mean()), rel=1e-10)
-    without = torch.stack(
-        [leave_one_out(matrix, torch.cat([signs[:, :index], signs[:, index + 1 :]], 1))[0].mean() for index in range(5)]
-    )
+    shorter = [leave_one_out(matrix, torch.cat([signs[:, :index], signs[:, index + 1 :]], 1)) for index in range(5)]
+    without = torch.stack([terms.mean() for terms, _ in shorter])
     jackknife = math.sqrt(4 / 5 * float((without - without.mean()).square().sum()))
     assert trace.standard_error == pytest.approx(jackknife, rel=1e-8)
     torch.testing.assert_close(diagonal.values, diagonals.mean(1), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(diagonal.standard_errors, diagonals.std(1) / 5**0.5, rtol=1e-8, atol=1e-12)
+    without = torch.stack([terms.mean(1) for _, terms in shorter])
+    jackknife = (4 / 5 * (without - without.mean(0)).square().sum(0)).sqrt()
+    torch.testing.assert_close(diagonal.standard_errors, jackknife, rtol=1e-8, atol=1e-12)
     assert (trace.products, diagonal.products) == (10, 10)
 
 
@@ -152,7 +153,7 @@ def test_standard_errors_of_diagonals_are_as_large_as_the_errors() -> None:
     matrix, generator = _decaying(60, 1.0), torch.Generator().manual_seed(6)
     for function, low, high in (
         (lambda: hutchinson_diagonal(matrix, probes=36, generator=generator), 0.9, 1.1),
-        (lambda: xdiag(matrix, products=36, generator=generator), 0.6, 1.1),
+        (lambda: xdiag(matrix, products=36, generator=generator), 0.75, 2.5),
     ):
         runs = [function() for _ in range(100)]
         spread = torch.stack([run.values - matrix.diagonal() for run in runs]).square().mean().sqrt()

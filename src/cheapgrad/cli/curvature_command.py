@@ -53,9 +53,10 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Report the bias of what the factory returns."""
     # Imported here, so that `cheapgrad --version` and a mistyped option do not wait for it.
-    from cheapgrad.curvature.bias_report import bias_report
+    from cheapgrad.curvature.bias_report import bias_report, check_drawing
     from cheapgrad.files import prepare_directory, write_whole
 
+    check_drawing()
     prepare_directory(options.out)
     operator_a, operator_b = _make_operators(options.factory)
     report = bias_report(

@@ -1,8 +1,11 @@
 """Curvature of a network: products, spectra, and what is built on them.
 
-Everything here takes any operator, ours or another library's: anything with a ``shape`` and ``@``.
+Everything here takes any operator, ours or another library's: anything with a ``shape`` and ``@``. Kronecker factors
+and the posteriors on them have packages of their own, `kronecker` and `laplace`: their Fisher matrices are chosen by
+objects of the names that operators have here.
 """
 
+from cheapgrad.curvature import kronecker, laplace
 from cheapgrad.curvature.batch_sharpness import Sharpness, measure_batch_sharpness
 from cheapgrad.curvature.bias_report import BiasReport, IndexBias, bias_report
 from cheapgrad.curvature.bit_allocation import BitAllocation, LayerBits, allocate_bits, quantization_penalty
@@ -135,6 +138,8 @@ __all__ = [
     "hutch_plus_plus",
     "hutchinson_diagonal",
     "hutchinson_trace",
+    "kronecker",
+    "laplace",
     "measure_batch_sharpness",
     "measure_curvature_along",
     "measure_sensitivities",

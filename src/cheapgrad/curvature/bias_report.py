@@ -109,13 +109,10 @@ class BiasReport:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingExtraError(
-                "drawing the picture needs matplotlib, which is not installed; run: pip install 'cheapgrad[report]'"
-            ) from error
+        check_drawing()
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(8, 6), layout="constrained")
         FigureCanvasAgg(figure)
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -152,6 +149,16 @@ class BiasReport:
         panel.set_ylabel("same ÷ corrected")
         panel.set_xlabel("direction, the leading one first")
         panel.grid(alpha=0.25)
+
+
+def check_drawing() -> None:
+    """Raise `MissingExtraError` if no picture can be drawn: before the work that it would show."""
+    try:
+        import matplotlib.figure  # noqa: F401 - only whether it is there
+    except ImportError as error:
+        raise MissingExtraError(
+            "drawing the picture needs matplotlib, which is not installed; run: pip install 'cheapgrad[report]'"
+        ) from error
 
 
 def bias_report(

@@ -23,7 +23,7 @@ from cheapgrad.curvature.operators.execution import (
     refuse_draws,
 )
 from cheapgrad.curvature.operators.parameters import select_parameters
-from cheapgrad.errors import LossError, ModelTypeError, StaleGraphError
+from cheapgrad.errors import BatchError, LossError, ModelTypeError, StaleGraphError
 
 BatchProduct = Callable[[Tensor], Tensor]
 
@@ -97,15 +97,33 @@ class AbstractDataOperator(AbstractOperator):
         """One operator of the same kind per batch; they are held in memory, whatever iterable they came from.
 
         Over a process group, the i-th is the mean over all processes of their i-th batches.
+
+        Raises:
+            BatchError: if the processes of the group have different numbers of batches.
         """
-        parts = []
-        for batches in self._batches.singles():
+        parts, singles = [], self._batches.singles()
+        self._check_alike(len(singles))
+        for batches in singles:
             part = copy.copy(self)
             part._batches = batches
             parts.append(part)
         counts = [part.example_count for part in parts]
         total = sum(counts)
         return tuple(MicroBatch(part, count / total, count) for part, count in zip(parts, counts, strict=True))
+
+    def _check_alike(self, count: int) -> None:
+        """Raise `BatchError` unless all processes have so many batches: a process without a partner waits for ever."""
+        group = self._reader.process_group
+        if group is None:
+            return
+        ends = torch.tensor([count, -count], device=self.device)
+        torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX, group=group)
+        most, least = int(ends[0]), -int(ends[1])
+        if most != least:
+            raise BatchError(
+                f"the processes of the group have from {least} to {most} batches, this one {count}, so that the "
+                "i-th of each cannot be put together; give all the same number"
+            )
 
     def held_inputs(self) -> list[Any]:
         """Return the inputs of the micro-batches in memory; none where they come from a loader."""

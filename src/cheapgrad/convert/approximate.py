@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -27,7 +27,7 @@ from cheapgrad.errors import (
     nearest_match,
 )
 from cheapgrad.ops.plan import Plan, RootUse
-from cheapgrad.sketch import AbstractStrategy, Moment
+from cheapgrad.sketch import AbstractStrategy, ExampleSample, Moment
 
 
 @dataclass
@@ -63,7 +63,22 @@ class _Decision:
         return self.layer.module
 
 
-def approximate(model: nn.Module, *rules: Rule | Iterable[Rule], skip_small: bool = True) -> Handle:
+@runtime_checkable
+class HoldsRules(Protocol):
+    """What a plan shows of itself here: its rules, and whether it leaves small layers alone."""
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """One rule for each layer."""
+        ...
+
+    @property
+    def skip_small(self) -> bool:
+        """Whether it was made for layers that are large enough to pay only."""
+        ...
+
+
+def approximate(model: nn.Module, *rules: Rule | Iterable[Rule] | HoldsRules, skip_small: bool = True) -> Handle:
     """Make the backward pass of a model cheaper, in place.
 
     Matched layers get a class whose forward is the stock one, bit for bit, and whose backward multiplies unbiased
@@ -72,9 +87,10 @@ def approximate(model: nn.Module, *rules: Rule | Iterable[Rule], skip_small: boo
 
     Args:
         model: any module; converted in place.
-        rules: at least one, or sequences of them such as `cheapgrad.recipes.memory` returns; for each module the last
-            one that matches wins.
-        skip_small: leave layers alone whose draw would cost more than it saves, and list them.
+        rules: at least one, or sequences of them such as `cheapgrad.recipes.memory` returns, or a plan that
+            `cheapgrad.plan` made; for each module the last one that matches wins.
+        skip_small: leave layers alone whose draw would cost more than it saves, and list them; a plan that was made for
+            small layers too converts them.
 
     Returns:
         A `Handle`: ``print(handle)`` lists what happened to every layer; ``handle.revert()`` undoes it.
@@ -98,6 +114,7 @@ def approximate(model: nn.Module, *rules: Rule | Iterable[Rule], skip_small: boo
     if not isinstance(model, nn.Module):
         raise ModelTypeError(f"model must be a torch.nn.Module, but got {model!r} of type {type(model).__name__}")
     chosen = _list_rules(rules)
+    skip_small = skip_small and all(rule.skip_small for rule in rules if isinstance(rule, HoldsRules))
     target = unwrap(model)
     decisions = [_decide(layer, chosen, skip_small) for layer in _layers(target)]
     _drop_rows_nobody_draws(decisions)
@@ -128,6 +145,7 @@ def _list_rules(rules: tuple[Any, ...]) -> tuple[Rule, ...]:
     """Return rules and sequences of rules as one sequence."""
     listed: list[Any] = []
     for rule in rules:
+        rule = rule.rules if isinstance(rule, HoldsRules) else rule
         listed.extend(rule if isinstance(rule, (list, tuple)) else [rule])
     if not listed:
         raise RuleError("no rule was given; pass e.g. cheapgrad.Rule(cotangent=RowSample(keep=0.5))")
@@ -217,9 +235,10 @@ def _why_not(module: nn.Module, kind: LayerKind, strategy: AbstractStrategy, mom
     if reason or not skip_small:
         return reason
     if moment is Moment.COTANGENT and isinstance(strategy, kind.slow_cotangents):
+        instead = "" if ExampleSample in kind.slow_cotangents else "; use ExampleSample or ColumnSample"
         return (
-            f"no time saved: {type(strategy).__name__} of the cotangent is no faster than a native {kind.name}; "
-            "use ExampleSample or ColumnSample (skip_small=False converts it)"
+            f"no time saved: {type(strategy).__name__} of the cotangent is no faster than a native {kind.name}"
+            f"{instead} (skip_small=False converts it)"
         )
     least = kind.least_weights[moment]
     weight = getattr(module, "weight", None)

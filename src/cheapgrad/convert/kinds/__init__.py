@@ -5,6 +5,7 @@ from __future__ import annotations
 from cheapgrad.convert.kinds.attention import ATTENTION
 from cheapgrad.convert.kinds.convolution import CONVOLUTIONS
 from cheapgrad.convert.kinds.dropout import DROPOUTS
+from cheapgrad.convert.kinds.embedding import EMBEDDING
 from cheapgrad.convert.kinds.layer_kind import LayerKind, LayerUse
 from cheapgrad.convert.kinds.linear import LINEAR, TRANSPOSED_LINEAR
 from cheapgrad.convert.kinds.norms import NORMS
@@ -17,6 +18,7 @@ KINDS: tuple[LayerKind, ...] = (
     LINEAR,
     TRANSPOSED_LINEAR,
     ATTENTION,
+    EMBEDDING,
     *CONVOLUTIONS,
     *ROW_WISE,
     *NORMS,

@@ -11,24 +11,27 @@ from typing import TYPE_CHECKING, Any
 from cheapgrad._version import __version__
 
 if TYPE_CHECKING:
-    from cheapgrad import auditing, cost, curvature, errors, kinks, ops, recipes, sketch, testing
+    from cheapgrad import auditing, cost, curvature, errors, kinks, ops, planning, recipes, sketch, testing
     from cheapgrad.auditing import AuditReport, audit, audit_step
     from cheapgrad.convert import Handle, LayerRecord, Rule, approximate, get_handle
     from cheapgrad.cost import CostReport, scan
     from cheapgrad.ops.cross_entropy import linear_cross_entropy
+    from cheapgrad.planning import Plan, plan
 
-_ROOMS = ("auditing", "cost", "curvature", "errors", "kinks", "ops", "recipes", "sketch", "testing")
+_ROOMS = ("auditing", "cost", "curvature", "errors", "kinks", "ops", "planning", "recipes", "sketch", "testing")
 # Public name -> the room it comes from.
 _NAMES = {
     "AuditReport": "auditing",
     "CostReport": "cost",
     "Handle": "convert",
     "LayerRecord": "convert",
+    "Plan": "planning",
     "Rule": "convert",
     "approximate": "convert",
     "audit": "auditing",
     "audit_step": "auditing",
     "get_handle": "convert",
+    "plan": "planning",
     "linear_cross_entropy": "ops.cross_entropy",
     "scan": "cost",
 }
@@ -38,6 +41,7 @@ __all__ = [
     "CostReport",
     "Handle",
     "LayerRecord",
+    "Plan",
     "Rule",
     "__version__",
     "approximate",
@@ -51,6 +55,8 @@ __all__ = [
     "kinks",
     "linear_cross_entropy",
     "ops",
+    "plan",
+    "planning",
     "recipes",
     "scan",
     "sketch",

@@ -116,7 +116,7 @@ class NondeterministicForwardError(CheapgradError, RuntimeError):
 
 
 class BatchOrderError(CheapgradError, ValueError):
-    """The order of the examples in a batch changes the loss, so the batch cannot be cut into micro-batches."""
+    """The order of a batch's examples changes its loss, so that they are not examples of their own."""
 
 
 class AccumulationError(CheapgradError, RuntimeError):
@@ -205,10 +205,6 @@ class UnreachableBudgetError(BudgetError):
 
 class NondeterministicLossError(CheapgradError, RuntimeError):
     """The same batch gave two losses although torch's random state was the same, so nothing can be compared."""
-
-
-class BatchOrderError(CheapgradError, ValueError):
-    """The order of a batch's examples changes its loss, so that they are not independent examples."""
 
 
 class MissingExtraError(CheapgradError, ImportError):

@@ -1,0 +1,231 @@
+"""One exact pass that writes down what every layer sees, who holds what, and which layers share their rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from cheapgrad.convert.kinds import LayerKind, LayerUse, kind_of
+from cheapgrad.cost._saved_tensors import (
+    ParcelPost,
+    StorageKey,
+    key_storages,
+    list_owned_tensors,
+    list_storages,
+    storage_key,
+)
+from cheapgrad.ops.chains.functional import recognises
+from cheapgrad.planning.passes import Step
+
+#: Kinds of layers that are plain products of matrices.
+MATRICES = ("Linear", "Conv1D")
+
+# Stands for everything that is no layer of the plan.
+_OTHERS = ""
+
+
+@dataclass
+class Call:
+    """One call of a layer in the exact pass.
+
+    Attributes:
+        layer: its name.
+        module: the layer.
+        kind: its kind, which a converted module does not show.
+        input: X.
+        shape: sizes that costs are functions of.
+        wants_input: whether the input needs a gradient.
+        before: the call whose output this one's input was computed from row by row, or None.
+        activated: whether an activation stands between the two.
+        order: how many calls of the same layer came before.
+        held: storages that only this layer's input needs, with their bytes, as far as other layers share them.
+        cotangent: G, once backward has run.
+        input_gradient: dX of this call, or None.
+    """
+
+    layer: str
+    module: nn.Module
+    kind: LayerKind
+    input: Tensor
+    shape: Any
+    wants_input: bool
+    before: Call | None
+    activated: bool
+    order: int = 0
+    held: dict[StorageKey, int] = field(default_factory=dict)
+    cotangent: Tensor | None = None
+    input_gradient: Tensor | None = None
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the layer is a plain product of matrices."""
+        return self.kind.name in MATRICES
+
+    @property
+    def use(self) -> LayerUse:
+        """The tensors of this call, as laws read them."""
+        if self.cotangent is None:
+            raise RuntimeError(f"no gradient reached {self.layer}")
+        return LayerUse(self.input, self.cotangent, self.wants_input)
+
+
+@dataclass
+class Capture:
+    """What one exact pass showed.
+
+    Attributes:
+        calls: of all layers, in the order in which they ran, those that a gradient reached.
+        gradient: of all parameters.
+    """
+
+    calls: list[Call]
+    gradient: list[Tensor]
+
+    def energies(self) -> dict[str, float]:
+        """Return ``Σ_n ‖x_n‖² ‖g_n‖²`` for every layer, over rows, or examples of convolutions.
+
+        The noise of a layer's sketches is near proportional to it from batch to batch.
+        """
+        found: dict[str, float] = {}
+        for call in self.calls:
+            pair = [
+                (tensor.reshape(-1, tensor.shape[-1]) if call.is_matrix else tensor.flatten(1)).square().sum(1)
+                for tensor in (call.input, call.use.cotangent)
+            ]
+            found[call.layer] = found.get(call.layer, 0.0) + float(pair[0].double() @ pair[1].double())
+        return found
+
+
+class _Recorder:
+    """Hooks on the layers of one pass."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = layers
+        self.calls: list[Call] = []
+        self.views: list[tuple[Call, Tensor]] = []
+        self._makers: dict[Any, Call] = {}
+        self._running: list[str] = []
+        self._counts: dict[str, int] = {}
+        self._pending: list[tuple[Tensor, Tensor, Call | None, bool]] = []
+
+    def describe(self, tensor: Tensor) -> tuple[str, int]:
+        """Say which call saves a tensor."""
+        return (self._running[-1] if self._running else _OTHERS, len(self.calls))
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Watch the layers inside."""
+        handles = []
+        for name, module in self.layers.items():
+            handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leaving(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, name: str) -> Any:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            kind = kind_of(type(module))
+            key = kind.input_name if kind is not None else "input"
+            x = args[0] if args else kwargs[key]
+            before, activated = self._find_maker(x)
+            # A node of its own, so that what reaches it is the gradient of this call alone.
+            view = x.view_as(x) if x.requires_grad else x
+            self._running.append(name)
+            self._pending.append((x, view, before, activated))
+            return ((view, *args[1:]), kwargs) if args else (args, {**kwargs, key: view})
+
+        return enter
+
+    def _find_maker(self, x: Tensor) -> tuple[Call | None, bool]:
+        node = x.grad_fn
+        if node is None:
+            return None, False
+        if node in self._makers:
+            return self._makers[node], False
+        if recognises(node):
+            return self._makers.get(node.next_functions[0][0]), True
+        return None, False
+
+    def _leaving(self, name: str) -> Any:
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self._running.pop()
+            x, view, before, activated = self._pending.pop()
+            order = self._counts.get(name, 0)
+            self._counts[name] = order + 1
+            kind = kind_of(type(module))
+            if kind is None or not output.requires_grad:
+                return
+            shape = kind.shape(module, x, output)
+            call = Call(name, module, kind, x.detach(), shape, x.requires_grad, before, activated, order)
+            self.calls.append(call)
+            if x.requires_grad:
+                self.views.append((call, view))
+            self._makers[output.grad_fn] = call
+            output.register_hook(lambda grad: setattr(call, "cotangent", grad.detach()))
+
+        return leave
+
+
+def capture_pass(step: Step, layers: Mapping[str, nn.Module], batch: Any) -> Capture:
+    """Run one exact pass and write down what every layer sees.
+
+    Args:
+        step: the training step.
+        layers: layers to watch, by name.
+        batch: the batch.
+
+    Returns:
+        Every call of these layers with its tensors, and the gradient.
+    """
+    recorder = _Recorder(layers)
+    post = ParcelPost(recorder.describe)
+
+    def views() -> list[Tensor]:
+        _share_out(post, recorder.calls, key_storages(list_owned_tensors([step.model])))
+        return [view for _, view in recorder.views]
+
+    with recorder.attached(), saved_tensors_hooks(post.pack, post.unpack):
+        gradient, of_inputs = step.gradient(batch, views)
+    for (call, _), value in zip(recorder.views, of_inputs, strict=True):
+        call.input_gradient = value
+    return Capture([call for call in recorder.calls if call.cotangent is not None], gradient)
+
+
+def _share_out(post: ParcelPost, calls: list[Call], owned: set[StorageKey]) -> None:
+    """Tell every call which storages are held for its input, by no one but layers of the plan."""
+    holders: dict[StorageKey, set[int | None]] = {}
+    sizes: dict[StorageKey, int] = {}
+    for parcel in post.alive():
+        layer, position = parcel.origin
+        # A layer that no gradient leaves makes no call.
+        call = calls[position] if position < len(calls) and calls[position].layer == layer else None
+        is_input = call is not None and _is_input(parcel.tensor, call)
+        for storage in list_storages(parcel.tensor):
+            key = storage_key(storage)
+            if key in owned or not storage.nbytes():
+                continue
+            sizes[key] = storage.nbytes()
+            holders.setdefault(key, set()).add(position if is_input else None)
+    for key, positions in holders.items():
+        if None in positions:
+            continue
+        for position in positions:
+            if position is not None:
+                calls[position].held[key] = sizes[key]
+
+
+def _is_input(saved: Tensor, call: Call) -> bool:
+    """Tell a layer's input, or a copy of it in another precision or padded, from its weight."""
+    x = call.input
+    if saved.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        return True
+    weight: Any = call.module.weight
+    return saved.numel() >= x.numel() and saved.numel() != weight.numel()

@@ -1,0 +1,155 @@
+"""From what every choice costs and adds, to the choices that keep the budgets with the least noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from cheapgrad.errors import UnreachableBudgetError
+from cheapgrad.planning.budget import Limit, describe_limit
+from cheapgrad.planning.frontier import Frontier, Option, Point
+from cheapgrad.planning.parts import Choice
+from cheapgrad.sketch import Moment
+
+Cost = Callable[[Choice], float]
+
+
+@dataclass
+class Menu:
+    """What can be chosen from.
+
+    Attributes:
+        cotangent: for each unit, its choices.
+        stored: for each group of layers with the same input, its choices.
+        inner: of each unit, the layers whose input the chain computes again, so that nothing is stored of it.
+        exact_bytes: held by the exact step.
+        exact_flops: of the exact backward pass.
+        bytes_offset: what the model of bytes has been found to leave out.
+        flops_offset: the same for FLOPs.
+    """
+
+    cotangent: list[list[Choice]]
+    stored: list[list[Choice]]
+    inner: dict[tuple[str, ...], tuple[str, ...]]
+    exact_bytes: float
+    exact_flops: float
+    bytes_offset: float = 0.0
+    flops_offset: float = 0.0
+    noise_factor: float = 1.0
+    _frontiers: dict[object, Frontier] = field(default_factory=dict)
+
+    def choose(self, limits: dict[str, Limit], variance: float) -> tuple[Choice, ...]:
+        """Return the choices that keep all limits with the least noise.
+
+        Args:
+            limits: by the name of the budget.
+            variance: of the mini-batch gradient.
+
+        Raises:
+            UnreachableBudgetError: if no combination keeps them; the message names the nearest one that can be kept.
+        """
+        ceiling = limits.get("noise")
+        most = None if ceiling is None else ceiling.value * variance / self.noise_factor
+        if "memory" not in limits and "flops" not in limits:
+            return self._cheapest(most or 0.0)
+        chosen: tuple[Choice, ...] = ()
+        if "flops" in limits:
+            chosen += self._within(limits["flops"], self.cotangent, self._flops, self._base_flops, self.exact_flops)
+        if "memory" in limits:
+            base = self._base_bytes + sum(choice.bytes_change for choice in chosen)
+            groups = self._groups_beside(chosen)
+            chosen += self._within(limits["memory"], groups, self._bytes, base, self.exact_bytes)
+        noise = sum(choice.noise.total for choice in chosen)
+        if most is not None and ceiling is not None and noise > most:
+            raise self._contradiction(limits, ceiling, most, noise, variance)
+        return chosen
+
+    @property
+    def _base_bytes(self) -> float:
+        return self.exact_bytes + self.bytes_offset
+
+    @property
+    def _base_flops(self) -> float:
+        return self.exact_flops + self.flops_offset
+
+    @staticmethod
+    def _bytes(choice: Choice) -> float:
+        return choice.bytes_change
+
+    @staticmethod
+    def _flops(choice: Choice) -> float:
+        return choice.flops_change
+
+    def _shares(self, choice: Choice) -> float:
+        """Return the change of bytes and of FLOPs, each as a share of the exact step's."""
+        return choice.bytes_change / (self.exact_bytes or 1) + choice.flops_change / (self.exact_flops or 1)
+
+    def _groups_beside(self, chosen: Sequence[Choice]) -> list[list[Choice]]:
+        """Return the groups whose input is not computed again by a chain."""
+        taken = {name for choice in chosen for name in self.inner.get(choice.layers, ())}
+        return [group for group in self.stored if not any(taken & set(choice.layers) for choice in group)]
+
+    def _frontier(self, items: Sequence[Sequence[Choice]], cost: Cost) -> Frontier:
+        key = (tuple(tuple(choice.layers for choice in item[:1]) for item in items), cost.__name__)
+        if key not in self._frontiers:
+            options = []
+            for item in items:
+                useful = [choice.option(cost(choice)) for choice in item if cost(choice) < 0]
+                options.append([Option(0.0, 0.0), *useful])
+            self._frontiers[key] = Frontier(options)
+        return self._frontiers[key]
+
+    def _within(
+        self, limit: Limit, items: Sequence[Sequence[Choice]], cost: Cost, base: float, exact: float
+    ) -> tuple[Choice, ...]:
+        frontier = self._frontier(items, cost)
+        point = frontier.least_noise(limit.value - base)
+        if point is None:
+            least = base + float(frontier.costs[0])
+            kind = "bytes held" if limit.name == "memory" else "backward FLOPs"
+            raise UnreachableBudgetError(
+                f"{limit.name}={limit.given!r} asks for {describe_limit(limit)}, but the strategies to choose from "
+                f"reach {describe_limit(limit, least)} of {kind} at least; the nearest budget is "
+                f"{limit.name}='{_round_up(least / (exact or 1))} %'"
+            )
+        return _real(point)
+
+    def _cheapest(self, most: float) -> tuple[Choice, ...]:
+        """Return the least sum of the shares of bytes and of FLOPs with at most this noise."""
+        inner = {name for names in self.inner.values() for name in names}
+        groups = [group for group in self.stored if not any(inner & set(choice.layers) for choice in group)]
+        point = self._frontier([*self.cotangent, *groups], self._shares).least_cost(most)
+        return () if point is None else _real(point)
+
+    def _contradiction(
+        self, limits: dict[str, Limit], ceiling: Limit, most: float, noise: float, variance: float
+    ) -> UnreachableBudgetError:
+        others = " and ".join(f"{name}={limit.given!r}" for name, limit in limits.items() if name != "noise")
+        text = (
+            f"{others} and noise={ceiling.given!r} contradict each other: {others} needs noise="
+            f"{self.noise_factor * noise / variance:.3g}, predicted"
+        )
+        if "memory" in limits and "flops" in limits:
+            return UnreachableBudgetError(f"{text}; allow that much, or more bytes or FLOPs")
+        name = "memory" if "memory" in limits else "flops"
+        items, cost = (self.stored, self._bytes) if name == "memory" else (self.cotangent, self._flops)
+        base, exact = (self._base_bytes, self.exact_bytes) if name == "memory" else (self._base_flops, self.exact_flops)
+        point = self._frontier(items, cost).least_cost(most)
+        least = base + (point.cost if point is not None else 0.0)
+        return UnreachableBudgetError(
+            f"{text}; with noise={ceiling.given!r} the nearest budget is {name}='{_round_up(least / (exact or 1))} %'"
+        )
+
+
+def _real(point: Point) -> tuple[Choice, ...]:
+    return tuple(choice for choice in point.choices if choice is not None)
+
+
+def _round_up(share: float) -> str:
+    """Return a share in percent, rounded up to a tenth."""
+    return f"{-(-share * 1000 // 1) / 10 + 0.1:.1f}"
+
+
+def is_inner(choice: Choice) -> bool:
+    """Tell whether a choice acts on the cotangent."""
+    return choice.moment is Moment.COTANGENT

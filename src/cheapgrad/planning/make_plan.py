@@ -1,0 +1,334 @@
+"""`plan`: from a budget for the whole step to a strategy for every layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from torch import nn
+
+from cheapgrad.convert import Rule
+from cheapgrad.convert.sketched_layer import SketchedLayer
+from cheapgrad.convert.wrappers import unwrap
+from cheapgrad.cost import CostReport
+from cheapgrad.errors import (
+    BatchError,
+    BudgetError,
+    ConversionError,
+    ModelTypeError,
+    UnreachableBudgetError,
+)
+from cheapgrad.planning.budget import Budget, Limit, describe_limit, read_flops, read_memory, read_noise
+from cheapgrad.planning.candidates import LayerCandidates, find_candidates
+from cheapgrad.planning.capture import capture_pass
+from cheapgrad.planning.choosing import Menu
+from cheapgrad.planning.measure import (
+    BatchFactors,
+    MiniBatchVariance,
+    Observed,
+    PlanNoise,
+    count_costs,
+    count_planned_costs,
+    measure_plan_noise,
+)
+from cheapgrad.planning.noise import Noise, PassedDown
+from cheapgrad.planning.parts import Choice, Group, Unit, find_groups, find_units
+from cheapgrad.planning.passes import LossFunction, Step, check_loss
+from cheapgrad.planning.record import Plan, PlanFigures, PlannedLayer
+from cheapgrad.planning.tangents import push_forward
+from cheapgrad.sketch import Moment
+
+# Batches that are looked at for the variance of the mini-batch, and for the laws.
+_MOST_BATCHES = 8
+_LAW_BATCHES = 2
+# Random directions for each of these; draws of the plan, over all of them.
+_PROBES = 10
+_DRAWS = 8
+_ROUNDS = 4
+
+
+def plan(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batches: Iterable[Any],
+    *,
+    memory: Budget | None = None,
+    flops: Budget | None = None,
+    noise: Budget | None = None,
+    strategies: Sequence[Rule] | None = None,
+    skip_small: bool = True,
+) -> Plan:
+    r"""Choose a strategy and its budget for every layer, from a budget for the whole step.
+
+    Minimises ``Σ_u V_u(s_u)`` over the strategies s_u of all units u, subject to the budgets; V_u is the variance that
+    the sketch of unit u adds to the gradient of *all* parameters, its own and those below it. Combinations are compared
+    exactly (`Frontier`). The noise of the chosen plan is then predicted with all its sketches together.
+
+    Args:
+        model: in training mode; it is as before when this returns, gradients, buffers and random states included.
+        loss_fn: ``(model, batch) -> scalar``.
+        batches: training batches of equal size, at least 2; of more than 8 the first 8 are used, and the first 2 for
+            the laws.
+        memory: bytes held for backward by the whole step: ``"60 %"`` or a fraction of the exact step's, ``"4 GiB"``, or
+            a number of bytes.
+        flops: FLOPs of the whole backward pass, in the same manner: ``"60 %"``, ``"3 GFLOP"``.
+        noise: most added variance, as a fraction of that of the mini-batch gradient (``0.05``, ``"5 %"``). With another
+            budget it is a ceiling. Alone, as much as it allows is saved: the sum of the shares of bytes and of FLOPs is
+            made small.
+        strategies: rules to choose from, their patterns saying for which layers. By default rows of the cotangent
+            (examples for convolutions) for `flops`, stochastic rounding for `memory`.
+        skip_small: leave layers alone that are too small to pay, as `cheapgrad.approximate` does.
+
+    Returns:
+        A `Plan`; ``cheapgrad.approximate(model, plan)`` carries it out.
+
+    Law:
+        Bytes and FLOPs of the returned plan are counted in a step with it and never above the budget. Each unit's
+        noise is that of its law; rows sampled at unit u pass ``Σ_nm (p_nm/(p_n p_m) − 1) ⟨Jᵀdx_n, Jᵀdx_m⟩`` down,
+        measured along random directions of parameter space (`push_forward`). In `Plan.predicted` the laws see the
+        cotangents that sketches above have drawn; in the choice they do not. It holds at these parameters and for
+        batches like these; noise is to be planned again, or controlled, as training goes on.
+
+    Raises:
+        BudgetError: if there is no budget, or it cannot be read.
+        UnreachableBudgetError: if no plan keeps it, or two budgets contradict each other; names the nearest one.
+        LossError: if the loss is no scalar.
+        NondeterministicLossError: if the loss of a batch differs from pass to pass from the same random state.
+        BatchOrderError: if the order of a batch's examples changes its loss.
+        BatchError: if there are fewer than two batches.
+        ConversionError: if the model is converted already, or not in training mode.
+        NoMatchError: if no layer can take any of the strategies.
+        ModelTypeError: if `model` is not a module.
+
+    >>> import torch, cheapgrad
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.GELU(), torch.nn.Linear(256, 128))
+    >>> batches = [torch.randn(64, 128) for _ in range(4)]
+    >>> found = plan(model, lambda model, x: (model(x) - x).square().mean(), batches, flops="60 %")
+    >>> found.backward_flops_fraction <= 0.6
+    True
+    >>> handle = cheapgrad.approximate(model, found)
+    """
+    given = {
+        name: value for name, value in (("memory", memory), ("flops", flops), ("noise", noise)) if value is not None
+    }
+    if not given:
+        raise BudgetError("plan needs a budget: memory='60 %', flops='60 %' or noise=0.05, or several of them")
+    _check_model(model)
+    used = list(islice(batches, _MOST_BATCHES))
+    if len(used) < 2:
+        raise BatchError(f"plan needs at least 2 batches to measure their variance, but got {len(used)}")
+    # Texts are read before anything runs; what they are shares of is not known yet.
+    for name, value in given.items():
+        _read_limit(name, value, 1.0, 1.0)
+    step = Step(model, loss_fn)
+    candidates, left_out = find_candidates(unwrap(model), strategies, skip_small)
+    _keep_asked_moments(candidates, set(given))
+    check_loss(step, used[0])
+    return _Planner(step, used, candidates, given, skip_small, left_out).make()
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelTypeError(f"model must be a torch.nn.Module, but got {model!r} of type {type(model).__name__}")
+    converted = [name for name, module in model.named_modules() if isinstance(module, SketchedLayer)]
+    if converted:
+        raise ConversionError(
+            f"the model is converted already (layer {converted[0]!r}); call handle.revert(), then plan"
+        )
+    if not model.training:
+        raise ConversionError("the model is in evaluation mode, where nothing is drawn; call model.train(), then plan")
+
+
+def _read_limit(name: str, value: Budget, exact_bytes: float, exact_flops: float) -> Limit:
+    if name == "noise":
+        return read_noise(value)
+    return read_memory(value, exact_bytes) if name == "memory" else read_flops(value, exact_flops)
+
+
+def _keep_asked_moments(candidates: dict[str, LayerCandidates], budgets: set[str]) -> None:
+    """Drop strategies that serve no budget: nothing is sketched for its own sake."""
+    for layer in candidates.values():
+        if budgets <= {"memory", "noise"} and "memory" in budgets:
+            layer.cotangent = []
+        if budgets <= {"flops", "noise"} and "flops" in budgets:
+            layer.stored = []
+
+
+@dataclass
+class _Planner:
+    """One planning, from the first exact pass to the plan."""
+
+    step: Step
+    batches: list[Any]
+    candidates: dict[str, LayerCandidates]
+    given: dict[str, Budget]
+    skip_small: bool
+    left_out: list[str]
+    factors: BatchFactors = field(default_factory=BatchFactors)
+
+    def make(self) -> Plan:
+        """Return the plan."""
+        report = count_costs(self.step, self.batches[0])
+        exact = _figures(report, 0.0)
+        limits = {
+            name: _read_limit(name, value, exact.saved_bytes, exact.backward_flops)
+            for name, value in self.given.items()
+        }
+        variance, observed = self._observe()
+        units = [find_units(one.capture.calls, self.candidates) for one in observed]
+        menu = self._make_menu(observed, units, exact)
+        scale = variance.value
+        if not scale:
+            raise BatchError("the batches have equal gradients, so there is no variance to compare noise with")
+        for _ in range(_ROUNDS):
+            choices = menu.choose(limits, scale)
+            counted = self._count(choices)
+            figures = report if counted is None else counted
+            if not _correct_costs(menu, limits, choices, figures):
+                continue
+            noise = measure_plan_noise(self.step, observed, choices, units, self.factors, self.skip_small, _DRAWS)
+            if "noise" not in limits or noise.total <= limits["noise"].value * scale or not choices:
+                return self._write(exact, figures, choices, noise, variance)
+            separate = sum(choice.noise.total for choice in choices)
+            menu.noise_factor = max(1.02 * noise.total / separate, 1.05 * menu.noise_factor)
+        raise UnreachableBudgetError(
+            "no plan was found that keeps "
+            + " and ".join(f"{limit.name}={limit.given!r} ({describe_limit(limit)})" for limit in limits.values())
+            + f" in {_ROUNDS} rounds; allow a little more"
+        )
+
+    def _observe(self) -> tuple[MiniBatchVariance, list[Observed]]:
+        variance, observed = MiniBatchVariance(), []
+        layers = {name: layer.module for name, layer in self.candidates.items()}
+        needs_tangents = any(layer.cotangent for layer in self.candidates.values())
+        with self.step.undisturbed():
+            for number, batch in enumerate(self.batches):
+                capture, below = capture_pass(self.step, layers, batch), PassedDown()
+                variance.add(capture.gradient)
+                self.factors.add(capture.energies(), number < _LAW_BATCHES)
+                if number >= _LAW_BATCHES:
+                    continue
+                if needs_tangents:
+                    push_forward(self.step, batch, capture.calls, below.take, _PROBES, seed=number)
+                observed.append(Observed(batch, capture, below))
+        return variance, observed
+
+    def _make_menu(self, observed: list[Observed], units: list[list[Unit]], exact: PlanFigures) -> Menu:
+        inner = {unit.layers: unit.layers[1:] for unit in units[0]}
+        groups = [find_groups(one.capture.calls, self.candidates, frozenset()) for one in observed]
+        cotangent = [
+            self._average([each[position].choices(one.below) for each, one in zip(units, observed, strict=True)])
+            for position in range(len(units[0]))
+        ]
+        stored = [
+            self._average([each[position].choices() for each in groups]) for position in range(_common_length(groups))
+        ]
+        return Menu(cotangent, stored, inner, exact.saved_bytes, exact.backward_flops)
+
+    def _average(self, choices: Sequence[Sequence[Choice]]) -> list[Choice]:
+        """Return the choices of the first batch, with the mean noise, carried over to all batches."""
+        averaged = []
+        for each in zip(*choices, strict=True):
+            noise = Noise()
+            for choice in each:
+                noise = noise + choice.noise
+            factor = self.factors.of(each[0].layers) / len(each)
+            averaged.append(dataclasses.replace(each[0], noise=noise.scaled(factor)))
+        return averaged
+
+    def _count(self, choices: Sequence[Choice]) -> CostReport | None:
+        rules = _rules(choices)
+        return count_planned_costs(self.step, self.batches[0], rules, self.skip_small) if rules else None
+
+    def _write(
+        self,
+        exact: PlanFigures,
+        report: CostReport,
+        choices: Sequence[Choice],
+        noise: PlanNoise,
+        variance: MiniBatchVariance,
+    ) -> Plan:
+        scale = variance.value
+        return Plan(
+            budgets=dict(self.given),
+            exact=exact,
+            # The forward pass of a converted model is that of the exact one.
+            predicted=dataclasses.replace(_figures(report, noise.total / scale), forward_flops=exact.forward_flops),
+            layers=self._layers(choices, scale),
+            noise_standard_error=noise.standard_error / scale,
+            separate_noise_fraction=sum(choice.noise.total for choice in choices) / scale,
+            batches=variance.batches,
+            skip_small=self.skip_small,
+            remarks=tuple(self.left_out),
+        )
+
+    def _layers(self, choices: Sequence[Choice], scale: float) -> tuple[PlannedLayer, ...]:
+        by_layer: dict[str, dict[Moment, Choice]] = {}
+        for choice in choices:
+            for name in choice.layers:
+                by_layer.setdefault(name, {})[choice.moment] = choice
+        layers = []
+        for name in self.candidates:
+            if name not in by_layer:
+                continue
+            stored, cotangent = (by_layer[name].get(moment) for moment in (Moment.STORED, Moment.COTANGENT))
+            noise = Noise() if stored is None else stored.noise.scaled(1 / len(stored.layers))
+            if cotangent is not None and cotangent.layers[-1] == name:
+                noise = noise + cotangent.noise
+            layers.append(
+                PlannedLayer(
+                    name=name,
+                    stored=None if stored is None else stored.strategy,
+                    cotangent=None if cotangent is None else cotangent.strategy,
+                    drawn_at=None if cotangent is None else cotangent.layers[-1],
+                    noise_fraction=noise.total / scale,
+                    passed_down_share=noise.passed_down / noise.total if noise.total else 0.0,
+                )
+            )
+        return tuple(layers)
+
+
+def _figures(report: CostReport, noise: float) -> PlanFigures:
+    total = report.total
+    return PlanFigures(total.saved_bytes, total.forward_flops, total.backward_flops, noise)
+
+
+def _rules(choices: Sequence[Choice]) -> list[Rule]:
+    """Return one rule for each layer."""
+    by_layer: dict[str, dict[str, Any]] = {}
+    for choice in choices:
+        for name in choice.layers:
+            by_layer.setdefault(name, {})[choice.moment.value] = choice.strategy
+    layers = [PlannedLayer(name, **strategies) for name, strategies in by_layer.items()]
+    return list(Plan({}, _NOTHING, _NOTHING, tuple(layers), 0.0, 0.0, 0).rules)
+
+
+_NOTHING = PlanFigures(0, 0, 0, 0)
+
+
+def _correct_costs(menu: Menu, limits: dict[str, Limit], choices: Sequence[Choice], report: CostReport) -> bool:
+    """Tell whether counted costs keep the limits; if not, correct the model by what it left out."""
+    kept = True
+    for name, counted, exact, change in (
+        ("memory", report.total.saved_bytes, menu.exact_bytes, "bytes_change"),
+        ("flops", report.total.backward_flops, menu.exact_flops, "flops_change"),
+    ):
+        if name not in limits or counted <= limits[name].value:
+            continue
+        kept = False
+        modelled = exact + sum(getattr(choice, change) for choice in choices)
+        offset = counted - modelled
+        attribute = "bytes_offset" if name == "memory" else "flops_offset"
+        setattr(menu, attribute, max(offset, getattr(menu, attribute) + 1e-3 * exact))
+    return kept
+
+
+def _common_length(groups: Sequence[Sequence[Group]]) -> int:
+    lengths = {tuple(group.layers for group in each) for each in groups}
+    if len(lengths) != 1:
+        raise BatchError("different layers run for different batches; plan with batches that take the same way")
+    return len(groups[0])

@@ -1,0 +1,225 @@
+"""The parts of a model that are decided on: units that draw rows together, and groups that hold one input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cheapgrad.convert.kinds import LayerKind
+from cheapgrad.cost._saved_tensors import StorageKey
+from cheapgrad.ops.chains.joining import is_row_wise
+from cheapgrad.ops.plan import Plan as LayerPlan
+from cheapgrad.planning.candidates import LayerCandidates
+from cheapgrad.planning.capture import Call
+from cheapgrad.planning.frontier import Option
+from cheapgrad.planning.noise import Noise, PassedDown, measure_cotangent_noise, measure_stored_noise
+from cheapgrad.sketch import AbstractStrategy, Moment
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One strategy for some layers, with what it changes.
+
+    Attributes:
+        layers: their names.
+        moment: where the strategy acts.
+        strategy: the strategy.
+        bytes_change: of what the whole step holds.
+        flops_change: of the whole backward pass.
+        noise: added variance.
+    """
+
+    layers: tuple[str, ...]
+    moment: Moment
+    strategy: AbstractStrategy
+    bytes_change: float
+    flops_change: float
+    noise: Noise
+
+    def option(self, cost: float) -> Option:
+        """Return the choice as an option of a frontier."""
+        return Option(cost, self.noise.total, self)
+
+
+@dataclass
+class Unit:
+    """Layers that draw their rows together, because they follow each other row by row.
+
+    Attributes:
+        layers: their names, in forward order.
+        chains: their calls: one chain for each time the unit runs.
+        strategies: what all of them can take.
+    """
+
+    layers: tuple[str, ...]
+    chains: list[list[Call]]
+    strategies: list[AbstractStrategy]
+
+    def choices(self, below: PassedDown) -> list[Choice]:
+        """Return every strategy with what it changes."""
+        found = []
+        for strategy in self.strategies:
+            flops = sum(_flops_change(call, strategy, Moment.COTANGENT) for chain in self.chains for call in chain)
+            noise = Noise()
+            for chain in self.chains:
+                noise = noise + measure_cotangent_noise(chain, strategy, below)
+            found.append(Choice(self.layers, Moment.COTANGENT, strategy, self._bytes_change(), flops, noise))
+        return found
+
+    def _bytes_change(self) -> float:
+        """Return the bytes of activations' outputs that nobody holds any more: a chain computes them again."""
+        freed: dict[StorageKey, int] = {}
+        for chain in self.chains:
+            for call in chain[1:]:
+                if call.activated:
+                    freed.update(call.held)
+        return -float(sum(freed.values()))
+
+
+@dataclass
+class Group:
+    """Layers that read the same input: it is let go only if all of them keep something else.
+
+    Attributes:
+        layers: their names.
+        calls: their calls.
+        strategies: what all of them can take.
+    """
+
+    layers: tuple[str, ...]
+    calls: list[Call]
+    strategies: list[AbstractStrategy]
+
+    def choices(self) -> list[Choice]:
+        """Return every strategy with what it changes."""
+        freed: dict[StorageKey, int] = {}
+        for call in self.calls:
+            freed.update(call.held)
+        found = []
+        for strategy in self.strategies:
+            kept = sum(call.kind.saved_bytes(strategy, Moment.STORED, call.shape) for call in self.calls)
+            flops = sum(_flops_change(call, strategy, Moment.STORED) for call in self.calls)
+            noise = Noise()
+            for call in self.calls:
+                noise = noise + measure_stored_noise(call, strategy)
+            change = kept - sum(freed.values())
+            found.append(Choice(self.layers, Moment.STORED, strategy, change, flops, noise))
+        return found
+
+
+def find_units(calls: Sequence[Call], candidates: Mapping[str, LayerCandidates]) -> list[Unit]:
+    """Join layers whose calls follow each other row by row, as converted layers with equal strategies do.
+
+    Args:
+        calls: of an exact pass.
+        candidates: what the layers can take.
+    """
+    drawing = [call for call in calls if candidates[call.layer].cotangent and _has_products(call)]
+    partner = {id(call): call for call in drawing}
+    joined: dict[str, str] = {call.layer: call.layer for call in drawing}
+    followers: dict[int, Call] = {}
+    for call in drawing:
+        before = call.before
+        if before is None or id(before) not in partner or id(before) in followers:
+            continue
+        if not (before.is_matrix and call.is_matrix) or not _shared(candidates, (before.layer, call.layer)):
+            continue
+        followers[id(before)] = call
+        _join(joined, before.layer, call.layer)
+    chains = _walk_chains(drawing, followers)
+    units = []
+    for root in dict.fromkeys(_find(joined, call.layer) for call in drawing):
+        layers = tuple(name for name in candidates if name in joined and _find(joined, name) == root)
+        own = [chain for chain in chains if chain[0].layer in layers]
+        strategies = candidates[layers[0]].cotangent if len(layers) == 1 else _shared(candidates, layers)
+        units.append(Unit(layers, own, list(strategies)))
+    return units
+
+
+def _walk_chains(drawing: Sequence[Call], followers: Mapping[int, Call]) -> list[list[Call]]:
+    inner = {id(call) for call in followers.values()}
+    chains = []
+    for call in drawing:
+        if id(call) in inner:
+            continue
+        chain = [call]
+        while id(chain[-1]) in followers:
+            chain.append(followers[id(chain[-1])])
+        chains.append(chain)
+    return chains
+
+
+def find_groups(calls: Sequence[Call], candidates: Mapping[str, LayerCandidates], taken: frozenset[str]) -> list[Group]:
+    """Join layers that read the same input; leave those out whose input somebody else holds anyway.
+
+    Args:
+        calls: of an exact pass.
+        candidates: what the layers can take.
+        taken: layers that are not to be touched.
+    """
+    storing = [call for call in calls if candidates[call.layer].stored]
+    holders: dict[StorageKey, list[str]] = {}
+    for call in calls:
+        for key in call.held:
+            holders.setdefault(key, []).append(call.layer)
+    joined = {call.layer: call.layer for call in storing}
+    blocked = {call.layer for call in storing if not call.held} | taken
+    for layers in holders.values():
+        if any(layer not in joined for layer in layers):
+            blocked.update(layers)
+        for layer in layers[1:]:
+            if layer in joined and layers[0] in joined:
+                _join(joined, layers[0], layer)
+    spoiled = {_find(joined, layer) for layer in blocked if layer in joined}
+    groups = []
+    for root in dict.fromkeys(_find(joined, call.layer) for call in storing):
+        if root in spoiled:
+            continue
+        layers = tuple(name for name in candidates if name in joined and _find(joined, name) == root)
+        strategies = [one for one in candidates[layers[0]].stored if all(one in candidates[n].stored for n in layers)]
+        groups.append(Group(layers, [call for call in storing if call.layer in layers], strategies))
+    return groups
+
+
+def _shared(candidates: Mapping[str, LayerCandidates], layers: Sequence[str]) -> list[AbstractStrategy]:
+    """Return the strategies that layers can take together, on one draw of rows."""
+    first, *others = (candidates[layer].cotangent for layer in layers)
+    common = [strategy for strategy in first if all(strategy in other for other in others)]
+    return [strategy for strategy in common if is_row_wise(LayerPlan(cotangent=strategy))]
+
+
+def _has_products(call: Call) -> bool:
+    return call.wants_input or _wants_weight(call)
+
+
+def _wants_weight(call: Call) -> bool:
+    weight = getattr(call.module, "weight", None)
+    return weight is not None and weight.requires_grad
+
+
+def exact_flops(call: Call) -> float:
+    """Return the FLOPs of the products that the exact backward pass forms.
+
+    Args:
+        call: of a layer.
+    """
+    return call.kind.flops(None, Moment.COTANGENT, call.shape) * (call.wants_input + _wants_weight(call)) / 2
+
+
+def _flops_change(call: Call, strategy: AbstractStrategy, moment: Moment) -> float:
+    kind: LayerKind = call.kind
+    sketched, both = kind.flops(strategy, moment, call.shape), kind.flops(None, moment, call.shape)
+    if moment is Moment.STORED:
+        # Only dW is sketched.
+        return sketched - both
+    return (sketched - both) * (call.wants_input + _wants_weight(call)) / 2
+
+
+def _find(joined: dict[str, str], name: str) -> str:
+    while joined[name] != name:
+        name = joined[name]
+    return name
+
+
+def _join(joined: dict[str, str], first: str, second: str) -> None:
+    joined[_find(joined, second)] = _find(joined, first)

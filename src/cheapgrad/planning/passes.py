@@ -1,0 +1,139 @@
+"""Passes over a model that leave it, its gradients and torch's random state as they were."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from cheapgrad.cost._preparation import undisturbed
+from cheapgrad.errors import BatchOrderError, LossError, NondeterministicLossError
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+# Two losses differ if they do so by more than this many units in the last place of one of them.
+_ULPS = 4096
+_ORDER_SEED = 20240401
+
+
+class Step:
+    """One training step of a model, without the update.
+
+    Args:
+        model: the model.
+        loss_fn: ``(model, batch) -> scalar``.
+        seed: torch's random state is set to it before every forward pass, so that dropout and the like do not differ.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, seed: int = 0) -> None:
+        self.model = model
+        self.loss_fn = loss_fn
+        self.seed = seed
+        self.named_parameters = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+        self.parameters = [value for _, value in self.named_parameters]
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Put gradients, buffers and random states back afterwards."""
+        with undisturbed(self.model, ()):
+            yield
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the loss of a batch, from the same random state every time.
+
+        Raises:
+            LossError: if it is no scalar that requires grad.
+        """
+        torch.manual_seed(self.seed)
+        loss = self.loss_fn(self.model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not (loss.requires_grad or not torch.is_grad_enabled()):
+            raise LossError(
+                f"loss_fn(model, batch) must return a scalar loss that requires grad, but returned {_describe(loss)}; "
+                "return e.g. cross_entropy(model(batch[0]), batch[1])"
+            )
+        return loss.sum()
+
+    def gradient(self, batch: Any, also: Callable[[], list[Tensor]] = list) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return the gradient of all parameters, zeros where there is none, and that of other tensors.
+
+        Args:
+            batch: the batch.
+            also: returns the other tensors, once the forward pass is over.
+        """
+        loss = self.loss(batch)
+        others = also()
+        found = torch.autograd.grad(loss, [*self.parameters, *others], allow_unused=True)
+        count = len(self.parameters)
+        pairs = zip(self.parameters, found[:count], strict=True)
+        own = [torch.zeros_like(parameter) if value is None else value for parameter, value in pairs]
+        return own, list(found[count:])
+
+
+def check_loss(step: Step, batch: Any) -> None:
+    """Refuse a loss that cannot be planned for.
+
+    Args:
+        step: the step.
+        batch: a batch.
+
+    Raises:
+        LossError: if it is no scalar.
+        NondeterministicLossError: if it differs although torch's random state does not.
+        BatchOrderError: if it depends on the order of the examples.
+    """
+    with step.undisturbed():
+        first = step.loss(batch).detach()
+    with step.undisturbed(), torch.no_grad():
+        again = step.loss(batch)
+    if _differ(first, again):
+        raise NondeterministicLossError(
+            f"the same batch gave the losses {float(first):.8g} and {float(again):.8g} from the same random state of "
+            "torch; draw with torch's default generator only, or seed the other generators inside loss_fn"
+        )
+    _check_order(step, batch)
+
+
+def _check_order(step: Step, batch: Any) -> None:
+    """Compare the loss in evaluation mode, where dropout does not tell examples apart, with that of another order."""
+    tensors = [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.dim()]
+    sizes = {tensor.shape[0] for tensor in tensors}
+    if len(sizes) != 1 or max(sizes) < 2:
+        return
+    size = sizes.pop()
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(_ORDER_SEED))
+
+    def reorder(tensor: Tensor) -> Tensor:
+        return tensor[order.to(tensor.device)] if tensor.dim() else tensor
+
+    shuffled = tree_map_only(Tensor, reorder, batch)
+    modes = [(module, module.training) for module in step.model.modules()]
+    try:
+        step.model.eval()
+        with step.undisturbed(), torch.no_grad():
+            losses = step.loss(batch), step.loss(shuffled)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if _differ(*losses):
+        raise BatchOrderError(
+            f"the loss is {float(losses[0]):.8g}, but {float(losses[1]):.8g} for the same {size} examples in another "
+            "order: entries along the first axis are not examples of their own; put the examples first, or let "
+            "loss_fn arrange the batch"
+        )
+
+
+def _differ(first: Tensor, second: Tensor) -> bool:
+    if bool(first.isnan() & second.isnan()):
+        return False
+    unit = torch.finfo(first.dtype).eps * max(float(first.abs()), float(second.abs()))
+    return not float((first.detach() - second.detach()).abs()) <= _ULPS * unit
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" + ("" if value.requires_grad else " that does not")
+    return f"{value!r} of type {type(value).__name__}"

@@ -1,0 +1,249 @@
+"""The plan: which layer takes which strategy, and what that is predicted to cost and to add."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cheapgrad.convert import Rule
+from cheapgrad.cost.units import format_bytes, format_flops
+from cheapgrad.errors import RecordError
+from cheapgrad.sketch import AbstractStrategy
+from cheapgrad.sketch.value import from_dict
+
+_FORMAT = "cheapgrad plan 1"
+
+
+@dataclass(frozen=True)
+class PlanFigures:
+    """What one training step costs.
+
+    Attributes:
+        saved_bytes: held for backward when the forward pass is over, by the whole model, the batch included.
+        forward_flops: of the whole forward pass.
+        backward_flops: of the whole backward pass.
+        noise_fraction: added variance of the gradient of all parameters, divided by that of the mini-batch gradient.
+    """
+
+    saved_bytes: float
+    forward_flops: float
+    backward_flops: float
+    noise_fraction: float
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """What one layer takes.
+
+    Attributes:
+        name: qualified name.
+        stored: strategy for what is kept of its input, or None.
+        cotangent: strategy for its cotangent, or None.
+        drawn_at: the layer at whose output the rows are drawn, where several layers share one draw; else None.
+        noise_fraction: what this layer's sketches add, divided by the variance of the mini-batch gradient; a draw that
+            is shared counts where it is drawn. Modelled, with all other layers exact.
+        passed_down_share: the part of it that is in the parameters of layers below. Modelled.
+    """
+
+    name: str
+    stored: AbstractStrategy | None = None
+    cotangent: AbstractStrategy | None = None
+    drawn_at: str | None = None
+    noise_fraction: float = 0.0
+    passed_down_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `cheapgrad.plan` returns; ``cheapgrad.approximate(model, plan)`` carries it out.
+
+    Attributes:
+        budgets: what was asked for, as it was written.
+        exact: the step without sketches; measured.
+        predicted: the step with the plan. Bytes and FLOPs were counted in one step while planning; noise is modelled
+            from the laws and from drawn backward passes.
+        layers: the layers that take a strategy.
+        noise_standard_error: of `predicted.noise_fraction`, without that of the mini-batch variance.
+        separate_noise_fraction: the noise if no layer's sketch met the noise of another: what the choice minimised.
+        batches: how many batches the mini-batch variance was measured on.
+        skip_small: whether layers too small to pay were left alone.
+        remarks: what else a reader has to know.
+    """
+
+    budgets: Mapping[str, str | float]
+    exact: PlanFigures
+    predicted: PlanFigures
+    layers: tuple[PlannedLayer, ...]
+    noise_standard_error: float
+    separate_noise_fraction: float
+    batches: int
+    skip_small: bool = True
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """One rule for each layer."""
+        return tuple(
+            Rule(_literal(layer.name), stored=layer.stored, cotangent=layer.cotangent) for layer in self.layers
+        )
+
+    @property
+    def saved_bytes_fraction(self) -> float:
+        """Bytes held, divided by those of the exact step."""
+        return _share(self.predicted.saved_bytes, self.exact.saved_bytes)
+
+    @property
+    def backward_flops_fraction(self) -> float:
+        """Backward FLOPs, divided by those of the exact step."""
+        return _share(self.predicted.backward_flops, self.exact.backward_flops)
+
+    @property
+    def step_flops_fraction(self) -> float:
+        """FLOPs of forward and backward pass, divided by those of the exact step."""
+        exact, planned = (figures.forward_flops + figures.backward_flops for figures in (self.exact, self.predicted))
+        return _share(planned, exact)
+
+    @property
+    def cost_times_noise(self) -> float:
+        """``c (1 + ω)``, c being the larger saving's share: below 1, the plan beats a smaller batch of equal cost.
+
+        For memory c is the share of the bytes, for time the share of the step's FLOPs, forward pass included. Where
+        both were asked for, a smaller batch would have to match the smaller of the two.
+        """
+        return self._batch_share * (1 + self.predicted.noise_fraction)
+
+    @property
+    def smaller_batch_is_better(self) -> bool:
+        """Whether a smaller batch of equal cost would add no more noise, where noise decides: ``c (1 + ω) ≥ 1``."""
+        return bool(self.layers) and self.cost_times_noise >= 1
+
+    @property
+    def _batch_share(self) -> float:
+        shares = [self.saved_bytes_fraction] if "memory" in self.budgets else []
+        shares += [self.step_flops_fraction] if "flops" in self.budgets else []
+        return min(shares or [self.saved_bytes_fraction, self.step_flops_fraction])
+
+    @property
+    def advice(self) -> str:
+        """Whether to follow the plan, in a sentence."""
+        share, noise = self._batch_share, self.predicted.noise_fraction
+        if not self.layers:
+            return "the exact step keeps the budget: nothing is to be done"
+        figures = f"c(1 + ω) = {share:.3g} × {1 + noise:.3g} = {self.cost_times_noise:.3g}"
+        if not self.smaller_batch_is_better:
+            return f"{figures} is below 1: the plan beats a smaller batch of equal cost where noise decides"
+        return (
+            f"{figures} is at least 1: a batch of {share:.0%} of the size costs as much and adds "
+            f"{1 / share - 1:.3g} times the mini-batch variance instead of {noise:.3g}; take the smaller batch"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data."""
+        layers = [
+            {
+                **dataclasses.asdict(dataclasses.replace(layer, stored=None, cotangent=None)),
+                "stored": None if layer.stored is None else layer.stored.to_dict(),
+                "cotangent": None if layer.cotangent is None else layer.cotangent.to_dict(),
+            }
+            for layer in self.layers
+        ]
+        return {
+            "format": _FORMAT,
+            "budgets": dict(self.budgets),
+            "exact": dataclasses.asdict(self.exact),
+            "predicted": dataclasses.asdict(self.predicted),
+            "layers": layers,
+            "noise_standard_error": self.noise_standard_error,
+            "separate_noise_fraction": self.separate_noise_fraction,
+            "batches": self.batches,
+            "skip_small": self.skip_small,
+            "remarks": list(self.remarks),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Return the plan that `to_dict` was called on.
+
+        Args:
+            data: what it returned, also after a journey through JSON.
+
+        Raises:
+            RecordError: if it is no plan, or lacks a part.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
+            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+            raise RecordError(f"this is no plan: its format should be {_FORMAT!r}, but is {found!r}")
+        try:
+            layers = tuple(
+                PlannedLayer(**{**layer, **{key: _strategy(layer[key]) for key in ("stored", "cotangent")}})
+                for layer in data["layers"]
+            )
+            figures = {key: PlanFigures(**data[key]) for key in ("exact", "predicted")}
+            plain = {key: data[key] for key in ("noise_standard_error", "separate_noise_fraction", "batches")}
+            return cls(
+                budgets=dict(data["budgets"]),
+                layers=layers,
+                skip_small=data["skip_small"],
+                remarks=tuple(data["remarks"]),
+                **figures,
+                **plain,
+            )
+        except (KeyError, TypeError) as error:
+            raise RecordError(f"this plan is damaged: {type(error).__name__}: {error}") from error
+
+    def to_json(self) -> str:
+        """Return the plan as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Return the plan that `to_json` wrote.
+
+        Args:
+            text: JSON.
+
+        Raises:
+            RecordError: if the text is no JSON, or no plan.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RecordError(f"this is no JSON: {error}") from error
+        return cls.from_dict(data)
+
+    def table(self) -> str:
+        """Return the plan as a table, layer by layer, with its totals."""
+        from cheapgrad.planning.table import render_plan
+
+        return render_plan(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def describe_totals(self) -> list[str]:
+        """Return a line for each of bytes, FLOPs and noise."""
+        exact, planned = self.exact, self.predicted
+        return [
+            f"held for backward  {format_bytes(exact.saved_bytes)} → {format_bytes(planned.saved_bytes)} "
+            f"({self.saved_bytes_fraction:.1%}; counted)",
+            f"backward FLOPs     {format_flops(exact.backward_flops)} → {format_flops(planned.backward_flops)} "
+            f"({self.backward_flops_fraction:.1%}; counted)",
+            f"added noise        {planned.noise_fraction:.3g} ± {self.noise_standard_error:.1g} of the mini-batch "
+            f"variance of {self.batches} batches (modelled)",
+        ]
+
+
+def _literal(name: str) -> str:
+    """Return a pattern that matches this name only."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
+
+
+def _strategy(data: Mapping[str, Any] | None) -> Any:
+    return None if data is None else from_dict(dict(data))

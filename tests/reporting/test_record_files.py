@@ -49,7 +49,8 @@ def test_every_kind_is_marked_and_read_back(records, tmp_path):
         write(tmp_path, f"{kind}.json", data)
     files = read_directory(tmp_path).files
     assert {file.kind: file.record for file in files} == records
-    assert {file.kind for file in files} == {kind.name for kind in KINDS}
+    # Plans are read in part only; test_page.py has them.
+    assert {file.kind for file in files} == {kind.name for kind in KINDS} - {"cheapgrad.plan"}
     assert all(not file.remark for file in files)
 
 

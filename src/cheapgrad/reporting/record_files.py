@@ -14,6 +14,7 @@ from cheapgrad.cost.report import CostReport
 from cheapgrad.environment import Examination
 from cheapgrad.errors import RecordError, nearest_match
 from cheapgrad.reporting.field_types import find_misfit
+from cheapgrad.reporting.plan_record import PlanRecord
 from cheapgrad.reporting.records import DemoRecord
 
 _ORIGIN = ("environment", "seeds", "command", "label")
@@ -42,6 +43,7 @@ KINDS = (
     RecordKind("cheapgrad.audit", 1, AuditReport, AuditReport.from_dict, frozenset({"subject", "band", "layers"})),
     RecordKind("cheapgrad.demo", 1, DemoRecord, DemoRecord.from_dict, frozenset({"data", "seeds", "models", "wide"})),
     RecordKind("cheapgrad.doctor", 1, Examination, Examination.from_dict, frozenset({"healthy", "findings"})),
+    RecordKind("cheapgrad.plan", 1, PlanRecord, PlanRecord.from_dict, frozenset({"budgets", "exact", "predicted"})),
     RecordKind(
         "cheapgrad.scan", 1, CostReport, CostReport.from_dict, frozenset({"rows", "total", "operations", "uncounted"})
     ),

@@ -13,6 +13,7 @@ from cheapgrad.reporting.page.tables import Column, head_cell, make_table, numbe
 from cheapgrad.reporting.page.views import Noise, NoiseColumn, NoiseGroup
 
 _MOST_ROWS = 24
+# The row before all layers: a variance of all of them together, the largest of all z-scores.
 _WHOLE = "whole gradient"
 
 

@@ -11,7 +11,9 @@ from cheapgrad.reporting.page.frontier_section import write_frontier_section
 from cheapgrad.reporting.page.held_section import write_held_section
 from cheapgrad.reporting.page.noise_section import write_bias_section, write_variance_section
 from cheapgrad.reporting.page.origin_section import write_origin_section
+from cheapgrad.reporting.page.plan_section import write_plan_section
 from cheapgrad.reporting.page.verdict_section import list_sections, write_verdict_section
+from cheapgrad.reporting.plan_record import PlanRecord
 from cheapgrad.reporting.record_files import RecordDirectory
 
 # Nothing may be loaded from anywhere, whatever stands in a record.
@@ -29,10 +31,12 @@ def render_page(directory: RecordDirectory, title: str = "cheapgrad report") -> 
         The page, well-formed as HTML and as XML. The same records make the same page, byte for byte.
     """
     views = collect_views(directory.files)
+    plans = [file for file in directory.files if isinstance(file.record, PlanRecord)]
     sections = [
         ("held", "Bytes", write_held_section(views.held)),
         ("variance", "Variance", write_variance_section(views.noise)),
         ("bias", "Bias", write_bias_section(views.noise)),
+        ("plan", "Plans", write_plan_section(plans)),
         ("frontier", "Time, bytes and accuracy", write_frontier_section(views.frontiers)),
         ("origin", "Where this comes from", write_origin_section(directory)),
     ]

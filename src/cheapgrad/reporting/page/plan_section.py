@@ -1,0 +1,96 @@
+"""Plans: what each layer takes, and what the step costs then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cheapgrad.cost.units import format_flops
+from cheapgrad.reporting.charts import Series, draw_bars
+from cheapgrad.reporting.figures import UNKNOWN, format_bytes, format_plain, format_share
+from cheapgrad.reporting.markup import Html, element
+from cheapgrad.reporting.page.tables import Column, head_cell, make_table, number_cell, pair, text_cell
+from cheapgrad.reporting.plan_record import PlanRecord
+from cheapgrad.reporting.record_files import RecordFile
+
+_MOST_ROWS = 24
+
+
+def write_plan_section(files: Sequence[RecordFile]) -> Html:
+    """Return the section on plans, or nothing where there is none.
+
+    Args:
+        files: those that hold a plan.
+    """
+    if not files:
+        return Html()
+    parts = [_write_plan(file.record, file.label, f"plan-{number}") for number, file in enumerate(files)]
+    return element("section", element("h2", "Plans"), *parts, id="plan")
+
+
+def describe_plan(plan: PlanRecord, label: str) -> str:
+    """Return what a plan promises, in a sentence with the smaller batch beside it."""
+    share, noise = _share(plan.predicted.saved_bytes, plan.exact.saved_bytes), plan.predicted.noise_fraction
+    batch = (
+        f"; a batch of {share:.2f} of the size would hold as much and add {1 / share - 1:.3g}" if 0 < share < 1 else ""
+    )
+    return (
+        f"{label}: the plan holds {format_bytes(plan.predicted.saved_bytes)} instead of "
+        f"{format_bytes(plan.exact.saved_bytes)} and is predicted to add {noise:.3g} of the mini-batch variance{batch}."
+    )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
+
+
+def _write_plan(plan: PlanRecord, label: str, name: str) -> Html:
+    asked = ", ".join(f"{budget} = {value}" for budget, value in plan.budgets.items()) or "nothing"
+    largest = sorted(plan.layers, key=lambda layer: -layer.noise_fraction)[:_MOST_ROWS]
+    shown = [layer for layer in plan.layers if layer in largest][:_MOST_ROWS]
+    series = Series("planned", tuple(layer.noise_fraction for layer in shown), style=1, modelled=True)
+    title = f"{label}: noise that each layer adds, ÷ variance of the mini-batch"
+    chart = draw_bars(name, title, "hollow bars: modelled", [layer.name for layer in shown], [series], format_plain)
+    more = f"The {len(shown)} largest of {len(plan.layers)}." if len(shown) < len(plan.layers) else ""
+    rows = [
+        [
+            head_cell(layer.name),
+            text_cell(layer.stored or UNKNOWN),
+            text_cell(layer.cotangent or UNKNOWN),
+            number_cell(layer.noise_fraction, format_plain, modelled=True),
+        ]
+        for layer in plan.layers
+    ]
+    columns = (Column("layer"), Column("stored"), Column("cotangent"), Column("noise", "modelled"))
+    return element(
+        "div",
+        element("h3", label),
+        element("p", " ".join([f"Asked for: {asked}.", *plan.remarks])),
+        _write_totals(plan, label, name),
+        pair(
+            chart,
+            make_table(f"{name}-layers", f"{label}: layer by layer", columns, rows),
+            element("p", title, ". ", more),
+        ),
+        class_="group",
+    )
+
+
+def _write_totals(plan: PlanRecord, label: str, name: str) -> Html:
+    exact, planned = plan.exact, plan.predicted
+    rows = []
+    for what, before, after, write in (
+        ("held for backward", exact.saved_bytes, planned.saved_bytes, format_bytes),
+        ("forward FLOPs", exact.forward_flops, planned.forward_flops, format_flops),
+        ("backward FLOPs", exact.backward_flops, planned.backward_flops, format_flops),
+    ):
+        share = after / before if before else None
+        rows.append(
+            [head_cell(what, source="counted"), *(number_cell(value, write) for value in (before, after)),
+             number_cell(share, format_share)]
+        )  # fmt: skip
+    noise = (exact.noise_fraction, planned.noise_fraction, None)
+    rows.append(
+        [head_cell("noise (ω)", source="modelled"), *(number_cell(v, format_plain, modelled=True) for v in noise)]
+    )
+    columns = (Column(""), Column("exact"), Column("planned"), Column("planned ÷ exact"))
+    return make_table(f"{name}-totals", f"{label}: the whole step", columns, rows)

@@ -213,3 +213,5 @@ BEHIND = (
 )
 # Families whose gradient is exact: processes that draw nothing of their own have nothing to draw apart.
 EXACT = ("piecewise linear activations", "activations with slopes", "dropout", "max-pooling")
+# Families whose compiled code is like that of norms over features, or of activations.
+COMPILED_LIKE_OTHERS = ("root mean square norms", "recognised norms", "activations with slopes")

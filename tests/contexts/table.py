@@ -24,6 +24,7 @@ from cheapgrad.sketch import (
 )
 from tests.contexts.layers import (
     BEHIND,
+    COMPILED_LIKE_OTHERS,
     CONVOLUTION_2D,
     EXACT,
     LINEAR,
@@ -159,7 +160,12 @@ _CODES = Placement(stored=StochasticRounding(4), selects=False)
 _FIRSTS = {case.family: case for case in reversed(BEHIND)}
 
 ROWS += tuple(
-    Row(case, _CODES, is_representative=_FIRSTS[case.family] is case, is_like_another=_FIRSTS[case.family] is not case)
+    Row(
+        case,
+        _CODES,
+        is_representative=_FIRSTS[case.family] is case and case.family not in COMPILED_LIKE_OTHERS,
+        is_like_another=_FIRSTS[case.family] is not case,
+    )
     for case in BEHIND
 )
 

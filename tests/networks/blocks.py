@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class Wrapped(nn.Module):
-    """An activation as a module around a function, as Hugging Face's ``GELUActivation``."""
+class GELUActivation(nn.Module):
+    """An activation as a module around a function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,8 +64,8 @@ class RMSNorm(nn.Module):
 
 
 # Conversion knows these by the name and the package of their class.
-for _cls, _name in ((Conv1D, "transformers.pytorch_utils"), (NewGELUActivation, "transformers.activations")):
-    _cls.__module__ = _name
+for _cls in (Conv1D, GELUActivation, NewGELUActivation):
+    _cls.__module__ = "transformers.written.by.hand"
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -94,7 +94,7 @@ class BertBlock(nn.Module):
         self.heads, self.attention = heads, attention
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-12)
-        self.up, self.activation, self.down = nn.Linear(width, 4 * width), Wrapped(), nn.Linear(4 * width, width)
+        self.up, self.activation, self.down = nn.Linear(width, 4 * width), GELUActivation(), nn.Linear(4 * width, width)
         self.out_norm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, x: Tensor) -> Tensor:

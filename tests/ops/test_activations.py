@@ -22,6 +22,7 @@ from cheapgrad.ops.activations import (
 )
 from cheapgrad.sketch import RowSample, StochasticRounding
 from cheapgrad.sketch.fixed_range import FixedRange
+from tests.networks.blocks import composite_gelu
 from tests.ops.convolution_cases import assert_unbiased
 from tests.oracles import activations as oracle
 from tests.oracles import rounding
@@ -34,6 +35,8 @@ FOUR_BITS = StochasticRounding(4)
 
 TORCH = {
     "gelu": functional.gelu,
+    "gelu_written_out": composite_gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "silu": functional.silu,
     "mish": functional.mish,
     "hardswish": functional.hardswish,

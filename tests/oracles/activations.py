@@ -15,6 +15,11 @@ def _density(x):
     return np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
 
 
+def _quick_gelu_slope(x):
+    share = 1 / (1 + np.exp(-1.702 * x))
+    return share * (1 + 1.702 * x * (1 - share))
+
+
 def _gelu_tanh_slope(x):
     inner = np.tanh(_ROOT * (x + 0.044715 * x**3))
     return (1 + inner) / 2 + x / 2 * (1 - inner**2) * _ROOT * (1 + 3 * 0.044715 * x**2)
@@ -29,6 +34,8 @@ def _mish_slope(x):
 SLOPES = {
     ("gelu", ()): lambda x: (1 + erf(x / math.sqrt(2))) / 2 + x * _density(x),
     ("gelu", (("approximate", "tanh"),)): _gelu_tanh_slope,
+    ("gelu_written_out", ()): _gelu_tanh_slope,
+    ("quick_gelu", ()): _quick_gelu_slope,
     ("silu", ()): lambda x: expit(x) * (1 + x * expit(-x)),
     ("mish", ()): _mish_slope,
     ("hardswish", ()): lambda x: np.where(x < -3, 0, np.where(x > 3, 1, x / 3 + 0.5)),

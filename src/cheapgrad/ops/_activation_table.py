@@ -5,6 +5,7 @@ Forward and backward are PyTorch's own kernels, so that values, slopes at kinks 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,10 @@ def _celu_backward(grad: Tensor, x: Tensor, options: Options) -> Tensor:
     return aten.elu_backward(grad, options["alpha"], 1.0, 1 / options["alpha"], False, x)
 
 
+def _gelu_written_out(x: Tensor, options: Options) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
 # Extremes of slopes, to the seventh digit; rounding beyond an end costs what a rounding costs.
@@ -78,6 +83,18 @@ SMOOTH: dict[str, Smooth] = {
         lambda grad, x, options: aten.gelu_backward(grad, x, approximate=options["approximate"]),
         lambda options: _GELU if options["approximate"] == "none" else _GELU_TANH,
         defaults={"approximate": "none"},
+    ),
+    # GPT-2's, written out: the same function as the one above in other roundings.
+    "gelu_written_out": Smooth(
+        _gelu_written_out,
+        lambda grad, x, options: aten.gelu_backward(grad, x, approximate="tanh"),
+        lambda options: _GELU_TANH,
+    ),
+    # x sigmoid(1.702 x) = silu(1.702 x) / 1.702.
+    "quick_gelu": Smooth(
+        lambda x, options: x * torch.sigmoid(1.702 * x),
+        lambda grad, x, options: aten.silu_backward(grad, 1.702 * x),
+        lambda options: (-0.0998394, 1.0998394, 1.0),
     ),
     "silu": Smooth(
         lambda x, options: functional.silu(x),

@@ -13,6 +13,7 @@ from cheapgrad.convert.kinds.pooling import POOLINGS
 from cheapgrad.convert.kinds.prelu import PRELU
 from cheapgrad.convert.kinds.rms_norm import RMS_NORMS
 from cheapgrad.convert.kinds.row_wise import ROW_WISE
+from cheapgrad.convert.kinds.transformers_activations import TRANSFORMERS_ACTIVATIONS
 
 KINDS: tuple[LayerKind, ...] = (
     LINEAR,
@@ -26,6 +27,7 @@ KINDS: tuple[LayerKind, ...] = (
     *POOLINGS,
     PRELU,
     *RMS_NORMS,
+    *TRANSFORMERS_ACTIVATIONS,
 )
 
 

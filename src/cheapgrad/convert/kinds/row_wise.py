@@ -107,12 +107,15 @@ def norm_saved_bytes(strategy: AbstractStrategy | None, moment: Moment, shape: R
     return shape.rows * shape.root_bytes + 2 * codes
 
 
-def _activation_shape(module: Any, x: Tensor, output: Tensor) -> RowShape:
+def activation_shape(module: Any, x: Tensor, output: Tensor) -> RowShape:
+    """Return the sizes of one use of an activation."""
     features = features_of(x.shape)
     return RowShape(x.numel() // max(features, 1), features, x.numel() * x.element_size(), wants_input=x.requires_grad)
 
 
-def _activation_bytes(name: str) -> Callable[[AbstractStrategy | None, Moment, RowShape], float]:
+def activation_bytes(name: str) -> Callable[[AbstractStrategy | None, Moment, RowShape], float]:
+    """Return how many bytes an activation of that name holds, as a function of strategy, moment and sizes."""
+
     def saved_bytes(strategy: AbstractStrategy | None, moment: Moment, shape: RowShape) -> float:
         if not shape.wants_input:
             return 0.0
@@ -145,8 +148,8 @@ ROW_WISE = (
         row_wise_kind(
             stock,
             _run_activation(_activation_of(name, options)),
-            shape=_activation_shape,
-            saved_bytes=_activation_bytes(name),
+            shape=activation_shape,
+            saved_bytes=activation_bytes(name),
             draws_codes=Activation(name).slope_kind == "smooth",
         )
         for stock, (name, options) in _ACTIVATIONS.items()

@@ -13,6 +13,7 @@ from torch import nn
 
 import cheapgrad
 from cheapgrad.cost import compare
+from cheapgrad.environment import Examination, Finding
 from cheapgrad.reporting import HeldRecord, RefusedFile, TensorRecord, read_directory, render_page
 from cheapgrad.reporting.record_files import RecordDirectory
 from cheapgrad.sketch import RowSample, StochasticRounding
@@ -287,3 +288,13 @@ def test_plan_without_layers_and_of_many(tmp_path):
     assert read_table(page, "plan-0-layers")[1] == {}
     assert len(read_table(page, "plan-1-layers")[1]) == 50
     assert "The 24 largest of 50." in text_of(find(page, "plan"))
+
+
+def test_what_the_doctor_found_is_on_the_page():
+    examination = Examination((Finding("torch", "broken", "1.13", "update it"), Finding("python", "ok", "3.11")))
+    page = render(make_file(examination, "a doctor"), make_file(examination, "another"))
+    for number in (0, 1):
+        _, rows = read_table(page, f"doctor-{number}")
+        assert rows == {"torch": ["broken", "1.13", "update it"], "python": ["ok", "3.11", "–"]}
+    assert "broken" in [text_of(cell) for cell in page.iter("td") if cell.get("class") == "alarm"]
+    assert all(" " not in element.get("id", "") for element in page.iter())

@@ -13,8 +13,8 @@ from cheapgrad.reporting.page.tables import Column, head_cell, make_table, numbe
 from cheapgrad.reporting.page.views import Noise, NoiseColumn, NoiseGroup
 
 _MOST_ROWS = 24
-# The row before all layers: a variance of all of them together, the largest of all z-scores.
-_WHOLE = "whole gradient"
+# The row before all parameters.
+_WHOLE, _LARGEST = "whole gradient", "largest of all"
 
 
 def write_variance_section(groups: Sequence[NoiseGroup]) -> Html:
@@ -82,7 +82,9 @@ def _write_bias(group: NoiseGroup, name: str) -> Html:
         "largest |z|; shaded: what chance explains", bands=(bands[0], bands[-1])[: len(bands)] if bands else ()
     )
     table = _make_table(group, name, "largest z-score of the bias", read, format_z, tests=True)
-    return _write_group(group, name, "largest z-score by parameter", read, guide, table, logarithmic=False)
+    return _write_group(
+        group, name, "largest z-score by parameter", read, guide, table, logarithmic=False, first=_LARGEST
+    )
 
 
 def _write_group(
@@ -94,12 +96,16 @@ def _write_group(
     table: Html,
     *,
     logarithmic: bool,
+    first: str = _WHOLE,
 ) -> Html:
-    rows = [_WHOLE, *_largest(group, read)]
+    rows = [first, *_largest(group, read)]
     series = [
         Series(
             column.label,
-            tuple(read(column.total if row == _WHOLE else column.layers.get(row, Noise())) for row in rows),
+            tuple(
+                read(column.total if position == 0 else column.layers.get(row, Noise()))
+                for position, row in enumerate(rows)
+            ),
             column.style,
             column.modelled,
         )
@@ -147,7 +153,8 @@ def _make_table(
 ) -> Html:
     columns = [Column("parameter")]
     columns += [Column(column.label, "modelled" if column.modelled else "measured") for column in group.columns]
-    rows = [[head_cell(_WHOLE), *(_write_cell(column, column.total, read, write, tests) for column in group.columns)]]
+    first = _LARGEST if tests else _WHOLE
+    rows = [[head_cell(first), *(_write_cell(column, column.total, read, write, tests) for column in group.columns)]]
     if tests:
         rows += _write_test_rows(group.columns)
     rows += [

@@ -14,7 +14,8 @@ _NOT_RECORDED = "not recorded"
 def write_origin_section(directory: RecordDirectory) -> Html:
     """Return the section on where the numbers come from; files that were not understood are in it."""
     parts = [_write_files(directory), _write_commands(directory), _write_environments(directory)]
-    parts += [_write_examination(file) for file in directory.files if isinstance(file.record, Examination)]
+    examined = [file for file in directory.files if isinstance(file.record, Examination)]
+    parts += [_write_examination(file, number) for number, file in enumerate(examined)]
     return element("section", element("h2", "Where this comes from"), *parts, id="origin")
 
 
@@ -63,7 +64,7 @@ def _write_environments(directory: RecordDirectory) -> Html:
     return element("div", *parts)
 
 
-def _write_examination(file: RecordFile) -> Html:
+def _write_examination(file: RecordFile, number: int) -> Html:
     rows = [
         [
             head_cell(finding.name),
@@ -74,8 +75,7 @@ def _write_examination(file: RecordFile) -> Html:
         for finding in file.record.findings
     ]
     columns = (Column("check"), Column("status"), Column("found"), Column("advice"))
-    # Several examinations may lie in one directory.
-    return make_table(f"doctor-{file.name}", f"What cheapgrad doctor found ({file.name})", columns, rows)
+    return make_table(f"doctor-{number}", f"What cheapgrad doctor found ({file.name})", columns, rows)
 
 
 def _write_entry(value: object) -> str:

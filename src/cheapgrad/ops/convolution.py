@@ -9,8 +9,9 @@ from torch import Tensor
 
 from cheapgrad.ops._convolution_geometry import ConvolutionConfig, Geometry, as_matrix
 from cheapgrad.ops._convolution_products import Backward, convolution_gradients
-from cheapgrad.ops._guards import differentiate_once, refuse_forward_mode
+from cheapgrad.ops._guards import refuse_forward_mode
 from cheapgrad.ops._kept_images import restore_images
+from cheapgrad.ops._saved_operands import hand_back, save_operands, split_operands
 from cheapgrad.ops.linear import cast_for_autocast, may_need_grad
 from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import AbstractSampling, random
@@ -35,15 +36,8 @@ class _SketchedConvolution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, plan, geometry, *kept = inputs
-        ctx.plan, ctx.geometry = plan, geometry
-        ctx.input_shape, ctx.weight_shape = x.shape, weight.shape
-        ctx.kept_count = 0
-        saved = [weight] if ctx.needs_input_grad[0] else []
-        if ctx.needs_input_grad[1]:
-            held = kept if plan.stored is not None else [x]
-            ctx.kept_count = len(held)
-            saved.extend(held)
-        ctx.save_for_backward(*saved)
+        ctx.geometry, ctx.weight_shape = geometry, weight.shape
+        save_operands(ctx, x, weight, plan, kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -53,10 +47,7 @@ class _SketchedConvolution(torch.autograd.Function):
             _observe(ctx.plan, backward)
             grad_input, grad_weight = convolution_gradients(ctx.plan, backward)
             grad_bias = grad.sum((0, *range(2, grad.dim()))) if ctx.needs_input_grad[2] else None
-        gradients = [
-            differentiate_once(gradient, _NAME, grad, *saved) for gradient in (grad_input, grad_weight, grad_bias)
-        ]
-        return (*gradients, *([None] * (len(ctx.needs_input_grad) - 3)))
+        return hand_back(ctx, _NAME, grad, saved, (grad_input, grad_weight, grad_bias))
 
 
 class _EagerSketchedConvolution(_SketchedConvolution):
@@ -68,13 +59,13 @@ class _EagerSketchedConvolution(_SketchedConvolution):
 
 
 def _at_hand(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> Backward:
-    kept = saved[len(saved) - ctx.kept_count :]
+    weight, kept = split_operands(ctx, saved)
     return Backward(
         geometry=ctx.geometry,
         input_shape=ctx.input_shape,
         weight_shape=ctx.weight_shape,
         grad=grad,
-        weight=saved[0] if ctx.needs_input_grad[0] else None,
+        weight=weight,
         kept=restore_images(ctx.plan, kept, ctx.geometry, ctx.input_shape, grad.dtype)
         if ctx.needs_input_grad[1]
         else None,

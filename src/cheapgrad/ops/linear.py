@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cheapgrad.ops._guards import differentiate_once, refuse_forward_mode
+from cheapgrad.ops._guards import refuse_forward_mode
+from cheapgrad.ops._saved_operands import hand_back, save_operands, split_operands
 from cheapgrad.ops.plan import Plan, PoisonedRows, poison
 from cheapgrad.sketch import DenseMatrix, Moment, Operands, random
 from cheapgrad.sketch.drawn import DrawnRows
@@ -28,16 +29,8 @@ class _SketchedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, plan, examples, *kept = inputs
-        ctx.plan = plan
         ctx.examples = examples
-        ctx.input_shape = x.shape
-        ctx.kept_count = 0
-        saved = [weight] if ctx.needs_input_grad[0] else []
-        if ctx.needs_input_grad[1]:
-            held = kept if plan.stored is not None else [x]
-            ctx.kept_count = len(held)
-            saved.extend(held)
-        ctx.save_for_backward(*saved)
+        save_operands(ctx, x, weight, plan, kept)
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
 
@@ -47,8 +40,7 @@ class _SketchedLinear(torch.autograd.Function):
             # A row-wise chain that passed over this layer's output did its work.
             return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors
-        weight = saved[0] if ctx.needs_input_grad[0] else None
-        kept = saved[len(saved) - ctx.kept_count :]
+        weight, kept = split_operands(ctx, saved)
         plan: Plan = ctx.plan
         with torch.no_grad():
             stored, grad_NO = _as_matrices(ctx, plan, kept, grad)
@@ -58,11 +50,7 @@ class _SketchedLinear(torch.autograd.Function):
             grad_input, grad_weight = _products(plan, stored, kept, grad_NO, weight, ctx.examples)
             if grad_input is not None:
                 grad_input = grad_input.view(ctx.input_shape)
-        gradients = [
-            differentiate_once(gradient, "linear layer", grad, *saved)
-            for gradient in (grad_input, grad_weight, grad_bias)
-        ]
-        return (*gradients, *([None] * (len(ctx.needs_input_grad) - 3)))
+        return hand_back(ctx, "linear layer", grad, saved, (grad_input, grad_weight, grad_bias))
 
 
 class _EagerSketchedLinear(_SketchedLinear):

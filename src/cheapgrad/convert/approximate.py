@@ -107,8 +107,8 @@ def approximate(model: nn.Module, *rules: Rule | Iterable[Rule] | HoldsRules, sk
     >>> from cheapgrad.sketch import RowSample
     >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
     >>> handle = cheapgrad.approximate(model, cheapgrad.Rule(cotangent=RowSample(keep=0.5)))
-    >>> [(row.name, row.status) for row in handle.rows]
-    [('0', 'converted'), ('1', 'converted'), ('2', 'skipped')]
+    >>> print(*(f"{row.name}: {row.status}" for row in handle.rows), sep=", ")
+    0: converted, 1: converted, 2: skipped
     >>> handle.revert()
     """
     if not isinstance(model, nn.Module):

@@ -1,0 +1,131 @@
+"""Blocks of transformers, converted whole: same values, unbiased gradients, and a fraction of the bytes held."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import cheapgrad
+from cheapgrad import Rule, approximate
+from cheapgrad.cost import measure_held_bytes
+from cheapgrad.sketch import RowSample, StochasticRounding
+from tests.networks import blocks
+from tests.ops.chains.networks import choose_all_rows
+
+WIDTH, HEADS, BATCH, LENGTH = 128, 2, 4, 32
+MEMORY = Rule("*", stored=StochasticRounding(4), recompute=True)
+BOTH = Rule("*", stored=StochasticRounding(4), cotangent=RowSample(0.5), recompute=True)
+SPEED = Rule("*", cotangent=RowSample(0.5))
+
+
+class Function(nn.Module):
+    """SiLU called as a function."""
+
+    def forward(self, x):
+        return functional.silu(x)
+
+
+def encoder(**options):
+    return nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, dropout=0.0, batch_first=True, **options)
+
+
+#: Block, and how many times fewer bytes its conversion for memory holds at least.
+BLOCKS = {
+    "encoder, relu": (encoder, 3.4),
+    "encoder, gelu": (lambda: encoder(activation="gelu"), 4.0),
+    "encoder, norms first": (lambda: encoder(activation="gelu", norm_first=True), 4.0),
+    "bert": (lambda: blocks.BertBlock(WIDTH, HEADS), 4.0),
+    "bert, step by step": (lambda: blocks.BertBlock(WIDTH, HEADS, "eager"), 2.0),
+    "gpt": (lambda: blocks.GptBlock(WIDTH, HEADS), 4.0),
+    "gpt, tanh": (lambda: blocks.GptBlock(WIDTH, HEADS, activation=lambda: nn.GELU("tanh")), 4.0),
+    "llama": (lambda: blocks.LlamaBlock(WIDTH, HEADS), 4.0),
+    "llama, own norm": (lambda: blocks.LlamaBlock(WIDTH, HEADS, norm=blocks.RMSNorm), 4.0),
+    "llama, function": (lambda: blocks.LlamaBlock(WIDTH, HEADS, activation=Function), 4.0),
+}
+
+
+def stack(make, count=3):
+    torch.manual_seed(0)
+    return nn.Sequential(*[make() for _ in range(count)])
+
+
+def tokens(**options):
+    return torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1), **options)
+
+
+def gradients(model, x):
+    model.zero_grad()
+    output = model(x)
+    output.backward(torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(2)))
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def held(model, x):
+    # What is kept anyway shows in the first step.
+    gradients(model, x)
+    return measure_held_bytes(lambda: model(x), exclude=[model]).total_bytes
+
+
+@pytest.mark.parametrize("rule", [MEMORY, BOTH, SPEED], ids=["memory", "both", "speed"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_values_are_bit_identical_in_training_and_evaluation(name, rule):
+    model = stack(BLOCKS[name][0], 2)
+    ours, x = copy.deepcopy(model), tokens()
+    approximate(ours, rule, skip_small=False)
+    for _ in range(2):
+        assert torch.equal(ours(x), model(x))
+        gradients(ours, x)
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("rule", [MEMORY, BOTH], ids=["memory", "both"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_held_bytes(name, rule):
+    make, factor = BLOCKS[name]
+    model, x = stack(make), tokens(requires_grad=True)
+    exact = held(model, x)
+    approximate(model, rule, skip_small=False)
+    assert exact / held(model, x) >= factor
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradients_are_exact_where_all_rows_are_kept(name, monkeypatch):
+    choose_all_rows(monkeypatch)
+    model = stack(BLOCKS[name][0], 1).double()
+    # Half precision in Llama's own norm would hide a difference.
+    ours, x = copy.deepcopy(model), tokens(dtype=torch.float64)
+    approximate(ours, Rule("*", cotangent=RowSample(0.5), recompute=True), skip_small=False)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if "own norm" in name else {"rtol": 1e-9, "atol": 1e-10}
+    torch.testing.assert_close(gradients(ours, x), gradients(model, x), **tolerance)
+
+
+@pytest.mark.parametrize("name", ["encoder, norms first", "bert", "gpt", "llama"])
+def test_gradients_are_unbiased(name):
+    model = stack(BLOCKS[name][0], 1)
+    ours, x, draws = copy.deepcopy(model), tokens()[:2, :16], 150
+    approximate(ours, BOTH, skip_small=False)
+    exact = gradients(model, x)
+    total, squares = 0.0, 0.0
+    for _ in range(draws):
+        drawn = gradients(ours, x)
+        total, squares = total + drawn, squares + float((drawn - exact).square().sum())
+    distance, error = float((total / draws - exact).norm()), (squares / draws / draws) ** 0.5
+    # Unbiased: the mean is about one error away. A bias of a tenth of the gradient would be seen.
+    assert distance < 1.3 * error
+    assert error < 0.1 * float(exact.norm()), "too few draws to tell"
+
+
+def test_what_still_holds_the_bytes_is_listed():
+    model, x = stack(BLOCKS["bert, step by step"][0], 1), tokens()
+    approximate(model, MEMORY, skip_small=False)
+    gradients(model, x)
+    report = cheapgrad.scan(model, x)
+    most = max(report.operations, key=lambda operation: operation.saved_bytes)
+    # Attention that is written out in the block's own forward holds copies of its queries, keys and values.
+    assert (most.module, most.operation) == ("0", "aten::bmm")
+    assert most.saved_bytes == 3 * BATCH * LENGTH * WIDTH * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cheapgrad.planning import Plan, PlanFigures, PlannedLayer
 from cheapgrad.reporting import DemoRecord, MethodRecord, ModelRecord, StepRecord
 
 
@@ -73,3 +74,16 @@ def make_record(*methods: MethodRecord, seeds=(0, 1, 2)) -> DemoRecord:
         StepRecord("wide network", "stored 4 bits", "strategy", 0.22, 1.1),
     )
     return DemoRecord("digits", seeds, 100.0, {"python": "3.11", "workers": 2}, (model,), wide)
+
+
+def make_plan(*layers: PlannedLayer) -> Plan:
+    return Plan(
+        budgets={"memory": "25 %"},
+        exact=PlanFigures(1000, 10, 20, 0.0),
+        predicted=PlanFigures(250, 10, 15, 0.05),
+        layers=layers,
+        noise_standard_error=0.001,
+        separate_noise_fraction=0.05,
+        batches=4,
+        remarks=("a remark",),
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 
@@ -14,11 +13,12 @@ from torch import nn
 import cheapgrad
 from cheapgrad.cost import compare
 from cheapgrad.environment import Examination, Finding
+from cheapgrad.planning import PlannedLayer
 from cheapgrad.reporting import HeldRecord, RefusedFile, TensorRecord, read_directory, render_page
 from cheapgrad.reporting.record_files import RecordDirectory
 from cheapgrad.sketch import RowSample, StochasticRounding
 from tests.reporting.page_reader import find, make_file, read, read_table, render, text_of
-from tests.reporting.records import make_bits, make_method, make_record, make_rows
+from tests.reporting.records import make_bits, make_method, make_plan, make_record, make_rows
 
 HOSTILE = "<script>alert(1)</script>'\"&]]>\x00\x1b\ud800"
 HELD = (HeldRecord("fc1", "aten::addmm", 4096), HeldRecord("fc1", "aten::relu", 512), HeldRecord("", "aten::mm", 64))
@@ -254,19 +254,14 @@ def test_origin_names_files_commands_and_what_was_not_understood():
     assert read_table(page, "environment")[1]["python"] == ["3.11"]
 
 
-def make_plan(**changes):
-    step = {"saved_bytes": 1000, "forward_flops": 10, "backward_flops": 20, "noise_fraction": 0.0}
-    layers = [
-        {"name": "fc1", "stored": StochasticRounding(bits=4).to_dict(), "cotangent": None, "noise_fraction": 0.03},
-        {"name": "fc2", "stored": None, "cotangent": RowSample(keep=0.5).to_dict(), "noise_fraction": 0.02},
-    ]
-    planned = {"saved_bytes": 250, "forward_flops": 10, "backward_flops": 15, "noise_fraction": 0.05}
-    data = {"kind": "cheapgrad.plan", "version": 1, "budgets": {"memory": "25 %"}, "exact": step, "predicted": planned}
-    return {**data, "layers": layers, "remarks": ["a remark"], **changes}
+PLANNED = (
+    PlannedLayer("fc1", stored=StochasticRounding(bits=4), noise_fraction=0.03),
+    PlannedLayer("fc2", cotangent=RowSample(keep=0.5), noise_fraction=0.02),
+)
 
 
 def test_plan_has_its_layers_and_totals(tmp_path):
-    (tmp_path / "plan.json").write_text(json.dumps(make_plan()))
+    (tmp_path / "plan.json").write_text(make_plan(*PLANNED).to_json())
     page = read(render_page(read_directory(tmp_path)))
     _, rows = read_table(page, "plan-0-totals")
     assert rows["held for backwardcounted"] == ["1000", "250", "0.25"]
@@ -276,14 +271,14 @@ def test_plan_has_its_layers_and_totals(tmp_path):
     assert rows["fc1"] == [repr(StochasticRounding(bits=4)), "–", "0.03"]
     assert rows["fc2"] == ["–", repr(RowSample(keep=0.5)), "0.02"]
     summary = text_of(find(page, "summary"))
-    assert "add 0.05 of the mini-batch variance; a batch of 0.25 of the size would hold as much and add 3" in summary
+    assert "add 0.05 of the mini-batch variance; c(1 + ω) = 0.25 × 1.05 = 0.263 is below 1" in summary
     assert "Asked for: memory = 25 %. a remark" in text_of(find(page, "plan"))
 
 
 def test_plan_without_layers_and_of_many(tmp_path):
-    (tmp_path / "empty.json").write_text(json.dumps(make_plan(layers=[])))
-    many = [{"name": f"l{i}", "stored": None, "cotangent": None, "noise_fraction": i / 100} for i in range(50)]
-    (tmp_path / "many.json").write_text(json.dumps(make_plan(layers=many)))
+    (tmp_path / "empty.json").write_text(make_plan().to_json())
+    many = [PlannedLayer(f"l{i}", noise_fraction=i / 100) for i in range(50)]
+    (tmp_path / "many.json").write_text(make_plan(*many).to_json())
     page = read(render_page(read_directory(tmp_path)))
     assert read_table(page, "plan-0-layers")[1] == {}
     assert len(read_table(page, "plan-1-layers")[1]) == 50

@@ -12,10 +12,12 @@ import cheapgrad
 from cheapgrad.cost import compare
 from cheapgrad.environment import Examination, Finding
 from cheapgrad.errors import RecordError
+from cheapgrad.planning import PlannedLayer
 from cheapgrad.reporting import DemoRecord, read_directory
 from cheapgrad.reporting.field_types import find_misfit
 from cheapgrad.reporting.record_files import KINDS
-from tests.reporting.records import make_record
+from cheapgrad.sketch import StochasticRounding
+from tests.reporting.records import make_plan, make_record
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,7 @@ def records():
         "cheapgrad.audit": audit,
         "cheapgrad.comparison": compare(scan, scan),
         "cheapgrad.demo": make_record(),
+        "cheapgrad.plan": make_plan(PlannedLayer("fc1", stored=StochasticRounding(bits=4), noise_fraction=0.1)),
         "cheapgrad.doctor": examination,
         "cheapgrad.scan": scan,
     }
@@ -49,8 +52,7 @@ def test_every_kind_is_marked_and_read_back(records, tmp_path):
         write(tmp_path, f"{kind}.json", data)
     files = read_directory(tmp_path).files
     assert {file.kind: file.record for file in files} == records
-    # Plans are read in part only; test_page.py has them.
-    assert {file.kind for file in files} == {kind.name for kind in KINDS} - {"cheapgrad.plan"}
+    assert {file.kind for file in files} == {kind.name for kind in KINDS}
     assert all(not file.remark for file in files)
 
 

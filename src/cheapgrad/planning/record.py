@@ -14,7 +14,7 @@ from cheapgrad.errors import RecordError
 from cheapgrad.sketch import AbstractStrategy
 from cheapgrad.sketch.value import from_dict
 
-_FORMAT = "cheapgrad plan 1"
+KIND, VERSION = "cheapgrad.plan", 1
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain data."""
+        """Return the plan as plain data, marked as what it is."""
         layers = [
             {
                 **dataclasses.asdict(dataclasses.replace(layer, stored=None, cotangent=None)),
@@ -151,7 +151,8 @@ class Plan:
             for layer in self.layers
         ]
         return {
-            "format": _FORMAT,
+            "kind": KIND,
+            "version": VERSION,
             "budgets": dict(self.budgets),
             "exact": dataclasses.asdict(self.exact),
             "predicted": dataclasses.asdict(self.predicted),
@@ -173,9 +174,12 @@ class Plan:
         Raises:
             RecordError: if it is no plan, or lacks a part.
         """
-        if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-            raise RecordError(f"this is no plan: its format should be {_FORMAT!r}, but is {found!r}")
+        marks = (data.get("kind"), data.get("version")) if isinstance(data, Mapping) else (type(data).__name__, None)
+        if marks != (KIND, VERSION):
+            raise RecordError(
+                f"this is no plan: its kind and version should be {KIND!r} and {VERSION}, but are {marks[0]!r} and "
+                f"{marks[1]!r}"
+            )
         try:
             layers = tuple(
                 PlannedLayer(**{**layer, **{key: _strategy(layer[key]) for key in ("stored", "cotangent")}})

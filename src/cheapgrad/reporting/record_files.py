@@ -13,8 +13,8 @@ from cheapgrad.cost.comparison import CostComparison
 from cheapgrad.cost.report import CostReport
 from cheapgrad.environment import Examination
 from cheapgrad.errors import RecordError, nearest_match
+from cheapgrad.planning.record import Plan
 from cheapgrad.reporting.field_types import find_misfit
-from cheapgrad.reporting.plan_record import PlanRecord
 from cheapgrad.reporting.records import DemoRecord
 
 _ORIGIN = ("environment", "seeds", "command", "label")
@@ -43,7 +43,7 @@ KINDS = (
     RecordKind("cheapgrad.audit", 1, AuditReport, AuditReport.from_dict, frozenset({"subject", "band", "layers"})),
     RecordKind("cheapgrad.demo", 1, DemoRecord, DemoRecord.from_dict, frozenset({"data", "seeds", "models", "wide"})),
     RecordKind("cheapgrad.doctor", 1, Examination, Examination.from_dict, frozenset({"healthy", "findings"})),
-    RecordKind("cheapgrad.plan", 1, PlanRecord, PlanRecord.from_dict, frozenset({"budgets", "exact", "predicted"})),
+    RecordKind("cheapgrad.plan", 1, Plan, Plan.from_dict, frozenset({"budgets", "exact", "predicted"})),
     RecordKind(
         "cheapgrad.scan", 1, CostReport, CostReport.from_dict, frozenset({"rows", "total", "operations", "uncounted"})
     ),
@@ -201,7 +201,8 @@ def _check_version(kind: RecordKind, data: dict[str, Any], name: str) -> None:
 def _read_record(kind: RecordKind, data: dict[str, Any], name: str) -> Any:
     # Where a record comes from is not part of what it says, unless its type says so.
     own = {key for key in _ORIGIN if key in getattr(kind.record_type, "__dataclass_fields__", {})}
-    body = {key: value for key, value in data.items() if key not in _ORIGIN or key in own}
+    body = {"kind": kind.name, "version": kind.version}
+    body |= {key: value for key, value in data.items() if key not in _ORIGIN or key in own}
     try:
         record = kind.read(body)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:

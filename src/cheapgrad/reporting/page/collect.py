@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from cheapgrad.auditing.report import AuditReport, LayerAudit
 from cheapgrad.cost.comparison import CostComparison
 from cheapgrad.cost.report import CostReport, Figures
+from cheapgrad.planning.record import Plan
 from cheapgrad.reporting.page.plan_section import describe_plan
 from cheapgrad.reporting.page.views import (
     FrontierGroup,
@@ -18,7 +19,6 @@ from cheapgrad.reporting.page.views import (
     NoiseGroup,
     Views,
 )
-from cheapgrad.reporting.plan_record import PlanRecord
 from cheapgrad.reporting.record_files import RecordFile
 from cheapgrad.reporting.records import DemoRecord, ModelRecord
 from cheapgrad.reporting.verdict import write_verdict
@@ -54,7 +54,7 @@ def collect_views(files: Sequence[RecordFile]) -> Views:
     for file in audits:
         held += _held_in_audit(file.record, file.label)
         sentences.append(f"{file.label}: {file.record.verdict()}")
-    sentences += [describe_plan(file.record, file.label) for file in files if isinstance(file.record, PlanRecord)]
+    sentences += [describe_plan(file.record, file.label) for file in files if isinstance(file.record, Plan)]
     return Views(tuple(held), tuple(noise), tuple(frontiers), tuple(sentences))
 
 

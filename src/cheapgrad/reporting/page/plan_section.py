@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cheapgrad.cost.units import format_flops
+from cheapgrad.planning.record import Plan
 from cheapgrad.reporting.charts import Series, draw_bars
 from cheapgrad.reporting.figures import UNKNOWN, format_bytes, format_plain, format_share
 from cheapgrad.reporting.markup import Html, element
 from cheapgrad.reporting.page.tables import Column, head_cell, make_table, number_cell, pair, text_cell
-from cheapgrad.reporting.plan_record import PlanRecord
 from cheapgrad.reporting.record_files import RecordFile
+from cheapgrad.sketch import AbstractStrategy
 
 _MOST_ROWS = 24
 
@@ -27,23 +28,16 @@ def write_plan_section(files: Sequence[RecordFile]) -> Html:
     return element("section", element("h2", "Plans"), *parts, id="plan")
 
 
-def describe_plan(plan: PlanRecord, label: str) -> str:
-    """Return what a plan promises, in a sentence with the smaller batch beside it."""
-    share, noise = _share(plan.predicted.saved_bytes, plan.exact.saved_bytes), plan.predicted.noise_fraction
-    batch = (
-        f"; a batch of {share:.2f} of the size would hold as much and add {1 / share - 1:.3g}" if 0 < share < 1 else ""
-    )
+def describe_plan(plan: Plan, label: str) -> str:
+    """Return what a plan promises, and whether a smaller batch would do better."""
     return (
         f"{label}: the plan holds {format_bytes(plan.predicted.saved_bytes)} instead of "
-        f"{format_bytes(plan.exact.saved_bytes)} and is predicted to add {noise:.3g} of the mini-batch variance{batch}."
+        f"{format_bytes(plan.exact.saved_bytes)} and is predicted to add {plan.predicted.noise_fraction:.3g} of the "
+        f"mini-batch variance; {plan.advice}."
     )
 
 
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 1.0
-
-
-def _write_plan(plan: PlanRecord, label: str, name: str) -> Html:
+def _write_plan(plan: Plan, label: str, name: str) -> Html:
     asked = ", ".join(f"{budget} = {value}" for budget, value in plan.budgets.items()) or "nothing"
     largest = sorted(plan.layers, key=lambda layer: -layer.noise_fraction)[:_MOST_ROWS]
     shown = [layer for layer in plan.layers if layer in largest][:_MOST_ROWS]
@@ -54,8 +48,8 @@ def _write_plan(plan: PlanRecord, label: str, name: str) -> Html:
     rows = [
         [
             head_cell(layer.name),
-            text_cell(layer.stored or UNKNOWN),
-            text_cell(layer.cotangent or UNKNOWN),
+            text_cell(_write_strategy(layer.stored)),
+            text_cell(_write_strategy(layer.cotangent)),
             number_cell(layer.noise_fraction, format_plain, modelled=True),
         ]
         for layer in plan.layers
@@ -75,7 +69,11 @@ def _write_plan(plan: PlanRecord, label: str, name: str) -> Html:
     )
 
 
-def _write_totals(plan: PlanRecord, label: str, name: str) -> Html:
+def _write_strategy(strategy: AbstractStrategy | None) -> str:
+    return UNKNOWN if strategy is None else repr(strategy)
+
+
+def _write_totals(plan: Plan, label: str, name: str) -> Html:
     exact, planned = plan.exact, plan.predicted
     rows = []
     for what, before, after, write in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import resources
 
 from cheapgrad._version import __version__
+from cheapgrad.planning.record import Plan
 from cheapgrad.reporting.markup import Html, element
 from cheapgrad.reporting.page.collect import collect_views
 from cheapgrad.reporting.page.frontier_section import write_frontier_section
@@ -13,7 +14,6 @@ from cheapgrad.reporting.page.noise_section import write_bias_section, write_var
 from cheapgrad.reporting.page.origin_section import write_origin_section
 from cheapgrad.reporting.page.plan_section import write_plan_section
 from cheapgrad.reporting.page.verdict_section import list_sections, write_verdict_section
-from cheapgrad.reporting.plan_record import PlanRecord
 from cheapgrad.reporting.record_files import RecordDirectory
 
 # Nothing may be loaded from anywhere, whatever stands in a record.
@@ -31,7 +31,7 @@ def render_page(directory: RecordDirectory, title: str = "cheapgrad report") -> 
         The page, well-formed as HTML and as XML. The same records make the same page, byte for byte.
     """
     views = collect_views(directory.files)
-    plans = [file for file in directory.files if isinstance(file.record, PlanRecord)]
+    plans = [file for file in directory.files if isinstance(file.record, Plan)]
     sections = [
         ("held", "Bytes", write_held_section(views.held)),
         ("variance", "Variance", write_variance_section(views.noise)),

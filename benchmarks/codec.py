@@ -1,17 +1,21 @@
-"""Time of storing and rebuilding, per entry: stochastic rounding of a matrix, and activations against PyTorch's own."""
+"""Time of storing and rebuilding, per entry: stochastic rounding, activations, norms and masks against PyTorch."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.interleaved import Timing, time_interleaved
+from cheapgrad import Rule, approximate
 from cheapgrad.ops.activations import Activation, sketched_activation
 from cheapgrad.sketch import DenseMatrix, Moment, Operands, StochasticRounding
 
 SHAPE = (1024, 1536)
+IMAGES = (32, 64, 32, 32)
 
 
 def measure_codecs(*, rounds: int) -> Iterator[dict[str, Any]]:
@@ -23,6 +27,11 @@ def measure_codecs(*, rounds: int) -> Iterator[dict[str, Any]]:
         yield _record(method, timing)
     for name in ("gelu", "silu", "tanh", "relu"):
         yield from _measure_activation(Activation(name), rounds)
+    rows, images = torch.randn(SHAPE), torch.randn(IMAGES)
+    norms: list[tuple[nn.Module, Tensor]] = [(nn.BatchNorm2d(IMAGES[1]), images), (nn.GroupNorm(8, IMAGES[1]), images)]
+    norms += [(nn.LayerNorm(SHAPE[1]), rows), (nn.RMSNorm(SHAPE[1]), rows), (nn.PReLU(), rows)]
+    for module, x in [*norms, (nn.Dropout(0.1), rows), (nn.MaxPool2d(2), images), (nn.MaxPool2d(3, 2, 1), images)]:
+        yield from _measure_module(module, x, rounds)
 
 
 def _codec_functions(codec: StochasticRounding) -> dict[str, Callable[[], object]]:
@@ -49,6 +58,21 @@ def _measure_activation(activation: Activation, rounds: int) -> Iterator[dict[st
     timings = time_interleaved(functions, reference="torch", rounds=rounds, label=activation.name)
     for method, timing in timings.items():
         yield _record(f"{activation.name}, {method}", timing)
+
+
+def _measure_module(module: nn.Module, x: Tensor, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield records of forward and backward by PyTorch and with codes of four bits (or masks and offsets)."""
+    converted = copy.deepcopy(module)
+    approximate(converted, Rule(stored=StochasticRounding(4)))
+    leaf, grad = x.requires_grad_(), torch.randn_like(module(x))
+
+    def step(layer: nn.Module) -> None:
+        torch.autograd.grad(layer(leaf), [leaf, *layer.parameters()], grad)
+
+    functions = {"torch": lambda: step(module), "4 bits": lambda: step(converted)}
+    timings = time_interleaved(functions, reference="torch", rounds=rounds, label=type(module).__name__)
+    for method, timing in timings.items():
+        yield _record(f"{module}, {method}", timing)
 
 
 def _record(method: str, timing: Timing) -> dict[str, Any]:

@@ -101,12 +101,16 @@ class NormCodes:
         grad_NI = self._as_rows(grad)
         factors = [factor.reshape(grad_NI.shape[0], -1) for factor in (of_grad, of_code, constant)]
 
-        def combine(piece: slice) -> tuple[Tensor, ...]:
-            result = grad_NI[piece].to(self.dtype) * factors[0][piece]
+        result = torch.empty_like(grad_NI, dtype=self.dtype)
+        for piece in _pieces(grad, self.codec.group):
             code = self._decode(self.codes[:_PARTS], self.codec, piece)
-            return (torch.addcmul(result, code, factors[1][piece]) + factors[2][piece],)
-
-        return _join(combine, _pieces(grad, self.codec.group))[0].view(self.shape)
+            if piece == slice(None):
+                # Not in place: under vmap the code may have an axis that the cotangent does not have.
+                result = torch.addcmul(grad_NI * factors[0], code, factors[1]) + factors[2]
+            else:
+                part = torch.mul(grad_NI[piece], factors[0][piece], out=result[piece])
+                part.addcmul_(code, factors[1][piece]).add_(factors[2][piece])
+        return result.view(self.shape)
 
     def _as_rows(self, image: Tensor) -> Tensor:
         return image.reshape(matrix_sizes(self.shape))

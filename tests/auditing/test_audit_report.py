@@ -34,7 +34,9 @@ def test_report_travels_through_json(good, bad, tmp_path):
         assert AuditReport.from_dict(data) == report
     assert bad.max_abs_z == math.inf
     assert data["max_abs_z"] == "inf"
-    assert set(data["provenance"]) <= {field.name for field in dataclasses.fields(AuditReport)} | {"derivative_error"}
+    assert set(data["provenance"]) <= {field.name for field in dataclasses.fields(AuditReport)} | {
+        "deterministic_error"
+    }
     assert list(tmp_path.iterdir()) == [tmp_path / "audit.json"]
 
 

@@ -135,6 +135,15 @@ def test_through_dropout_and_sketches(batch, weight, unbiased):
     assert report.forward_noise == "not shared"
 
 
+@pytest.mark.parametrize(("weight", "unbiased"), [(share_of_tokens, True), (lambda part, parts: 1 / len(parts), False)])
+def test_beside_loud_sketches(batch, weight, unbiased):
+    model = Tagger()
+    cheapgrad.approximate(model, cheapgrad.Rule("*", cotangent=RowSample(keep=0.2)), skip_small=False)
+    report = audit_step(model, token_loss, batch, loop(model, batch, weight), draws=16)
+    assert report.unbiased == unbiased, str(report)
+    assert report.relative_variance > 0.1
+
+
 def test_loops_that_step_or_clear(batch):
     model = Tagger()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

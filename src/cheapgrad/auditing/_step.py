@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cheapgrad.auditing._surroundings import seed_all
+from cheapgrad.convert.sketched_layer import SketchedLayer
 from cheapgrad.errors import (
     AccumulationError,
     BackwardError,
@@ -74,6 +75,11 @@ class Step:
     def accumulates(self) -> bool:
         """Whether a loop leaves the gradient."""
         return self._accumulate is not None
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether a layer of the model is cheapgrad's."""
+        return any(isinstance(module, SketchedLayer) for module in self.model.modules())
 
     def draw(self, batch: Any, seed: int) -> DrawnGradient:
         """Return the gradient as the step computes it."""

@@ -103,8 +103,8 @@ def write_verdict(report: AuditReport) -> str:
 
 
 def _describe(layer: LayerAudit) -> str:
-    if layer.derivative_error > 0:
-        return f"off the derivative of the loss by {_percent(layer.derivative_error)}"
+    if layer.deterministic_error > 0:
+        return f"off by {_percent(layer.deterministic_error)} even without sketches, scale {layer.scale:.4g}"
     return f"z {layer.max_abs_z:.1f}, scale {layer.scale:.4g}, bias {_percent(layer.relative_bias)}"
 
 

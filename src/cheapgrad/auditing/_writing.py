@@ -17,7 +17,6 @@ from cheapgrad.auditing._mini_batch import MiniBatchNoise
 from cheapgrad.auditing._plain_data import relative
 from cheapgrad.auditing._step import Step
 from cheapgrad.auditing.report import AuditReport, LayerAudit
-from cheapgrad.convert.sketched_layer import SketchedLayer
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def _write_layers(findings: Findings, added: Tensor, bias: Tensor) -> tuple[Laye
                     errors.squared_norms[:, position],
                     errors.squared_exact[:, position],
                 ),
-                derivative_error=wrong.get(name, 0.0),
+                deterministic_error=wrong.get(name, 0.0),
                 module=module,
                 held_bytes=costs.figure("audited", module, "saved_bytes"),
                 exact_held_bytes=costs.figure("exact", module, "saved_bytes"),
@@ -134,10 +133,11 @@ def _added_variances(errors: DrawnErrors, processes: int, *, shared: bool) -> Te
     """Return the variance that was added to each tensor of the gradient.
 
     Where a draw and its exact gradient share the model's random numbers it is that of the error. Where they do not, the
-    error holds the model's own noise twice; it is then the variance of the draws without that of exact gradients.
+    error holds the model's own noise twice; it is then the variance of the draws without that of exact gradients, which
+    chance may make negative.
     """
     if shared:
-        return _variance(errors.squared_errors, errors.squared_mean_errors, processes)
+        return _variance(errors.squared_errors, errors.squared_mean_errors, processes).clamp_min(0)
     drawn = _variance(errors.squared_norms, errors.squared_means, processes)
     return drawn - _variance(errors.squared_exact, errors.squared_mean_exact, processes)
 
@@ -171,15 +171,14 @@ def _name_reference(findings: Findings) -> str:
         return "the one that was passed"
     if not findings.check.done:
         return f"the exact step; not checked against differences of the loss ({findings.check.remark})"
-    if findings.check.wrong:
+    if findings.check.wrong and not findings.step.accumulates:
         return "the exact step, which is not the derivative of the loss by central differences"
     return "the exact step, which is the derivative of the loss by central differences"
 
 
 def _write_remarks(findings: Findings) -> tuple[str, ...]:
     remarks = [findings.mini_batch.remark, findings.costs.remark]
-    converted = any(isinstance(module, SketchedLayer) for module in findings.step.model.modules())
-    if findings.step.reference is None and not converted and not findings.step.accumulates:
+    if findings.step.reference is None and not findings.step.is_converted and not findings.step.accumulates:
         remarks.append(
             "no layer of this model is cheapgrad's, so the exact step is the same code, run eagerly; pass reference= "
             "to compare with other code"

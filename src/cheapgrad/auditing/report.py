@@ -27,8 +27,8 @@ PROVENANCE = {
     "relative_bias": "measured: length of the mean error ÷ that of the exact gradient, what variance explains removed; "
     "0 where nothing remains",
     "detectable_relative_bias": "computed: error of scale that would have been found with probability 0.99",
-    "derivative_error": "measured: central differences of the loss against the exact gradient, double precision; "
-    "0 within what they resolve",
+    "deterministic_error": "measured: the exact gradient against central differences of the loss in double precision, "
+    "and the step with stock code against the reference; 0 within what these resolve",
     "held_bytes": "measured: bytes held for backward, eager",
     "backward_flops": "measured: FLOPs of the backward pass with recomputation, eager",
 }
@@ -44,15 +44,16 @@ class LayerAudit:
         squared_norm: ``‖g‖²`` of its exact gradient.
         relative_variance: ``E‖ĝ − E ĝ‖² / ‖g‖²``; infinite where g is zero and ĝ is not.
         noise_fraction: added variance divided by that of the mini-batch's gradient; None if that is unknown.
-        max_abs_z: largest absolute z-score; infinite where the error never changes and is no rounding, or where the
-            exact gradient is not the derivative of the loss.
+        max_abs_z: largest absolute z-score; infinite where the error never changes and is no rounding, or where there
+            is a `deterministic_error`.
         z_along_gradient: z-score of the error along the exact gradient.
         scale: mean length along the exact gradient; 1 is right.
         relative_bias: length of the mean error, what variance explains removed, divided by ``‖g‖``.
         detectable_relative_bias: error of scale, as a fraction, that would have been found with probability 0.99.
         cosine: mean cosine between a drawn and the exact gradient.
-        derivative_error: by what fraction the exact gradient misses the derivative of the loss; 0 if it does not, or if
-            that was not checked.
+        deterministic_error: a relative error that is there without any sketch: of the exact gradient against the
+            derivative of the loss, or of the step with the stock code of all converted layers against the reference; 0
+            where none was found.
         module: the module that holds the parameter.
         held_bytes: held for backward by that module; stated with the first of its parameters, None with the others.
         exact_held_bytes: the same, in the exact step.
@@ -71,7 +72,7 @@ class LayerAudit:
     relative_bias: float
     detectable_relative_bias: float
     cosine: float
-    derivative_error: float
+    deterministic_error: float
     module: str
     held_bytes: int | None = None
     exact_held_bytes: int | None = None

@@ -20,7 +20,7 @@ from cheapgrad.errors import (
 )
 from cheapgrad.exactness import is_forced_exact
 from cheapgrad.ops._guards import differentiate_once, refuse_forward_mode
-from cheapgrad.ops._token_losses import LossOptions, logit_cotangents, multiply_wide, token_losses
+from cheapgrad.ops._token_losses import LossOptions, log_probabilities, logit_cotangents, token_losses
 from cheapgrad.ops.linear import cast_for_autocast, may_need_grad
 from cheapgrad.sketch import DenseMatrix, Moment, Operands, ProductNorm, random
 from cheapgrad.sketch.budget import count_kept
@@ -46,30 +46,38 @@ class _Wanted:
 class _Gradients:
     """The gradients, as they are summed up chunk by chunk."""
 
-    def __init__(self, x_NI: Tensor, weight_CI: Tensor, wanted: _Wanted, options: LossOptions) -> None:
+    def __init__(self, weight_CI: Tensor, wanted: _Wanted, options: LossOptions) -> None:
         self._weight_CI = weight_CI
         self._wanted, self._options = wanted, options
         self._parts_NI: list[Tensor] = []
-        wide = torch.promote_types(weight_CI.dtype, torch.float32)
-        self._weight: Tensor | None = weight_CI.new_zeros(weight_CI.shape, dtype=wide) if wanted.weight else None
-        self._bias: Tensor | None = weight_CI.new_zeros(weight_CI.shape[:1], dtype=wide) if wanted.bias else None
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
 
-    def add(self, x_KI: Tensor, grad_KC: Tensor) -> None:
-        """Take in a chunk: its input and the cotangent of its logits."""
-        if self._bias is not None:
-            self._bias = self._bias + grad_KC.sum(0)
-        narrow_KC = grad_KC.to(self._weight_CI.dtype)
+    def add(self, x_KI: Tensor, grad_KC: Tensor, weight_K: Tensor) -> None:
+        """Take in a chunk: its input, the cotangents of its logits, and what each token counts.
+
+        Tokens are weighted on the side of the features: the logits are read no more often than they must be.
+        """
+        if self._wanted.bias:
+            part = grad_KC.mT @ weight_K
+            self._bias = part if self._bias is None else self._bias + part
+        dtype = self._weight_CI.dtype
+        narrow_KC, column = grad_KC.to(dtype), weight_K.to(dtype).unsqueeze(1)
         if self._wanted.input:
-            self._parts_NI.append(narrow_KC @ self._weight_CI)
-        if self._weight is None:
+            self._parts_NI.append((narrow_KC @ self._weight_CI) * column)
+        if not self._wanted.weight:
             return
+        weighted_KI = x_KI * column
         if self._options.keep is not None:
-            selection = _draw(x_KI, narrow_KC, self._options.keep)
-            narrow_KC, x_KI = selection.apply(narrow_KC, 0), selection.gather(x_KI, 0)
-        if is_inside_transform() or x_KI.dtype != self._weight.dtype:
-            self._weight = self._weight + narrow_KC.mT @ x_KI
+            selection = _draw(weighted_KI, narrow_KC, self._options.keep)
+            narrow_KC, weighted_KI = selection.gather(narrow_KC, 0), selection.apply(weighted_KI, 0)
+        wide = torch.promote_types(dtype, torch.float32)
+        if self._weight is None:
+            self._weight = (narrow_KC.mT @ weighted_KI).to(wide)
+        elif is_inside_transform() or dtype != wide:
+            self._weight = self._weight + narrow_KC.mT @ weighted_KI
         else:
-            self._weight.addmm_(narrow_KC.mT, x_KI)
+            self._weight.addmm_(narrow_KC.mT, weighted_KI)
 
     def sums(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of x, weight and bias in their dtypes, None where they are not asked for."""
@@ -95,15 +103,13 @@ def _run(
     wanted: _Wanted | None,
 ) -> tuple[Tensor, _Gradients | None]:
     """Return each token's loss, and the gradients of their sum weighted by `weight_N` where they are wanted."""
-    gradients = None if wanted is None else _Gradients(x_NI, weight_CI, wanted, options)
+    gradients = None if wanted is None else _Gradients(weight_CI, wanted, options)
     losses = []
-    for part in options.chunks(x_NI.shape[0], weight_CI.shape[0]):
-        logits_KC = multiply_wide(x_NI[part], weight_CI, bias_C)
-        losses_K, total_K = token_losses(logits_KC, targets_N[part], options)
-        losses.append(losses_K)
+    for part in options.chunks(*x_NI.shape):
+        log_KC = log_probabilities(x_NI[part], weight_CI, bias_C)
+        losses.append(token_losses(log_KC, targets_N[part], options))
         if gradients is not None and weight_N is not None:
-            grad_KC = logit_cotangents(logits_KC, total_K, targets_N[part], weight_N[part], options)
-            gradients.add(x_NI[part], grad_KC)
+            gradients.add(x_NI[part], logit_cotangents(log_KC, targets_N[part], options), weight_N[part])
     return torch.cat(losses), gradients
 
 

@@ -99,7 +99,9 @@ def flat_gradient(model: nn.Module, batch: Batch) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def measure_noise(model: nn.Module, batches: Sequence[Batch], exact: Sequence[Tensor], draws: int) -> tuple[float, float]:
+def measure_noise(
+    model: nn.Module, batches: Sequence[Batch], exact: Sequence[Tensor], draws: int
+) -> tuple[float, float]:
     """Return the mean squared error of a converted model's gradient over the mini-batch variance, and its error."""
     torch.manual_seed(8)
     variance = torch.stack(list(exact)).var(0).sum()

@@ -113,6 +113,9 @@ def approximate(model: nn.Module, *rules: Rule | Iterable[Rule] | HoldsRules, sk
     """
     if not isinstance(model, nn.Module):
         raise ModelTypeError(f"model must be a torch.nn.Module, but got {model!r} of type {type(model).__name__}")
+    if rules and all(isinstance(rule, HoldsRules) and not rule.rules for rule in rules):
+        warnings.warn("the plan leaves every layer exact: nothing was converted", NoEffectWarning, stacklevel=2)
+        return Handle(unwrap(model), (), Switch())
     chosen = _list_rules(rules)
     skip_small = skip_small and all(rule.skip_small for rule in rules if isinstance(rule, HoldsRules))
     target = unwrap(model)

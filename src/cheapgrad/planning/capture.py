@@ -19,7 +19,8 @@ from cheapgrad.cost._saved_tensors import (
     list_storages,
     storage_key,
 )
-from cheapgrad.ops.chains.functional import recognises
+from cheapgrad.ops.chains.activation_stage import ActivationStage
+from cheapgrad.ops.chains.functional import read_activation, recognises
 from cheapgrad.planning.passes import Step
 
 #: Kinds of layers that are plain products of matrices.
@@ -41,9 +42,10 @@ class Call:
         shape: sizes that costs are functions of.
         wants_input: whether the input needs a gradient.
         before: the call whose output this one's input was computed from row by row, or None.
-        activated: whether an activation stands between the two.
         order: how many calls of the same layer came before.
         held: storages that only this layer's input needs, with their bytes, as far as other layers share them.
+        activation: what stands between the two, with what autograd keeps of it, or None.
+        bypassed: storages that only that activation needs, and this layer: a chain of codes lets them go.
         cotangent: G, once backward has run.
         input_gradient: dX of this call, or None.
     """
@@ -55,11 +57,17 @@ class Call:
     shape: Any
     wants_input: bool
     before: Call | None
-    activated: bool
     order: int = 0
     held: dict[StorageKey, int] = field(default_factory=dict)
+    activation: tuple[ActivationStage, Tensor] | None = None
+    bypassed: dict[StorageKey, int] = field(default_factory=dict)
     cotangent: Tensor | None = None
     input_gradient: Tensor | None = None
+
+    @property
+    def activated(self) -> bool:
+        """Whether an activation stands between this call and the one before."""
+        return self.activation is not None
 
     @property
     def is_matrix(self) -> bool:
@@ -111,7 +119,7 @@ class _Recorder:
         self._makers: dict[Any, Call] = {}
         self._running: list[str] = []
         self._counts: dict[str, int] = {}
-        self._pending: list[tuple[Tensor, Tensor, Call | None, bool]] = []
+        self._pending: list[tuple[Tensor, Tensor, Call | None, tuple[ActivationStage, Tensor] | None]] = []
 
     def describe(self, tensor: Tensor) -> tuple[str, int]:
         """Say which call saves a tensor."""
@@ -135,36 +143,38 @@ class _Recorder:
             kind = kind_of(type(module))
             key = kind.input_name if kind is not None else "input"
             x = args[0] if args else kwargs[key]
-            before, activated = self._find_maker(x)
+            before, activation = self._find_maker(x)
             # A node of its own, so that what reaches it is the gradient of this call alone.
             view = x.view_as(x) if x.requires_grad else x
             self._running.append(name)
-            self._pending.append((x, view, before, activated))
+            self._pending.append((x, view, before, activation))
             return ((view, *args[1:]), kwargs) if args else (args, {**kwargs, key: view})
 
         return enter
 
-    def _find_maker(self, x: Tensor) -> tuple[Call | None, bool]:
+    def _find_maker(self, x: Tensor) -> tuple[Call | None, tuple[ActivationStage, Tensor] | None]:
         node = x.grad_fn
         if node is None:
-            return None, False
+            return None, None
         if node in self._makers:
-            return self._makers[node], False
-        if recognises(node):
-            return self._makers.get(node.next_functions[0][0]), True
-        return None, False
+            return self._makers[node], None
+        if not recognises(node):
+            return None, None
+        before = self._makers.get(node.next_functions[0][0])
+        activation = None if before is None else read_activation(node)
+        return (None if activation is None else before), activation
 
     def _leaving(self, name: str) -> Any:
         def leave(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             self._running.pop()
-            x, view, before, activated = self._pending.pop()
+            x, view, before, activation = self._pending.pop()
             order = self._counts.get(name, 0)
             self._counts[name] = order + 1
             kind = kind_of(type(module))
             if kind is None or not output.requires_grad:
                 return
             shape = kind.shape(module, x, output)
-            call = Call(name, module, kind, x.detach(), shape, x.requires_grad, before, activated, order)
+            call = Call(name, module, kind, x.detach(), shape, x.requires_grad, before, order, activation=activation)
             self.calls.append(call)
             if x.requires_grad:
                 self.views.append((call, view))
@@ -201,7 +211,8 @@ def capture_pass(step: Step, layers: Mapping[str, nn.Module], batch: Any) -> Cap
 
 def _share_out(post: ParcelPost, calls: list[Call], owned: set[StorageKey]) -> None:
     """Tell every call which storages are held for its input, by no one but layers of the plan."""
-    holders: dict[StorageKey, set[int | None]] = {}
+    holders: dict[StorageKey, set[int]] = {}
+    others: dict[StorageKey, int] = {}
     sizes: dict[StorageKey, int] = {}
     for parcel in post.alive():
         layer, position = parcel.origin
@@ -213,13 +224,18 @@ def _share_out(post: ParcelPost, calls: list[Call], owned: set[StorageKey]) -> N
             if key in owned or not storage.nbytes():
                 continue
             sizes[key] = storage.nbytes()
-            holders.setdefault(key, set()).add(position if is_input else None)
+            if is_input:
+                holders.setdefault(key, set()).add(position)
+            else:
+                others[key] = others.get(key, 0) + 1
     for key, positions in holders.items():
-        if None in positions:
-            continue
-        for position in positions:
-            if position is not None:
+        if key not in others:
+            for position in positions:
                 calls[position].held[key] = sizes[key]
+    for position, call in enumerate(calls):
+        for key in set() if call.activation is None else key_storages([call.activation[1]]):
+            if others.get(key) == 1 and holders.get(key, set()) <= {position}:
+                call.bypassed[key] = sizes[key]
 
 
 def _is_input(saved: Tensor, call: Call) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,6 @@ from cheapgrad.errors import UnreachableBudgetError
 from cheapgrad.planning.budget import Limit, describe_limit
 from cheapgrad.planning.frontier import Frontier, Option, Point
 from cheapgrad.planning.parts import Choice
-from cheapgrad.sketch import Moment
 
 Cost = Callable[[Choice], float]
 
@@ -21,7 +21,6 @@ class Menu:
     Attributes:
         cotangent: for each unit, its choices.
         stored: for each group of layers with the same input, its choices.
-        inner: of each unit, the layers whose input the chain computes again, so that nothing is stored of it.
         exact_bytes: held by the exact step.
         exact_flops: of the exact backward pass.
         bytes_offset: what the model of bytes has been found to leave out.
@@ -30,7 +29,6 @@ class Menu:
 
     cotangent: list[list[Choice]]
     stored: list[list[Choice]]
-    inner: dict[tuple[str, ...], tuple[str, ...]]
     exact_bytes: float
     exact_flops: float
     bytes_offset: float = 0.0
@@ -85,12 +83,17 @@ class Menu:
         return choice.bytes_change / (self.exact_bytes or 1) + choice.flops_change / (self.exact_flops or 1)
 
     def _groups_beside(self, chosen: Sequence[Choice]) -> list[list[Choice]]:
-        """Return the groups whose input is not computed again by a chain."""
-        taken = {name for choice in chosen for name in self.inner.get(choice.layers, ())}
-        return [group for group in self.stored if not any(taken & set(choice.layers) for choice in group)]
+        """Return the groups without what the chosen chains let go anyway."""
+        gone = {key for choice in chosen for key in choice.freed}
+
+        def beside(choice: Choice) -> Choice:
+            again = sum(size for key, size in choice.freed.items() if key in gone)
+            return dataclasses.replace(choice, bytes_change=choice.bytes_change + again)
+
+        return [[beside(choice) for choice in group] for group in self.stored]
 
     def _frontier(self, items: Sequence[Sequence[Choice]], cost: Cost) -> Frontier:
-        key = (tuple(tuple(choice.layers for choice in item[:1]) for item in items), cost.__name__)
+        key = (tuple((choice.layers, cost(choice)) for item in items for choice in item), cost.__name__)
         if key not in self._frontiers:
             options = []
             for item in items:
@@ -116,8 +119,7 @@ class Menu:
 
     def _cheapest(self, most: float) -> tuple[Choice, ...]:
         """Return the least sum of the shares of bytes and of FLOPs with at most this noise."""
-        inner = {name for names in self.inner.values() for name in names}
-        groups = [group for group in self.stored if not any(inner & set(choice.layers) for choice in group)]
+        groups = self._groups_beside([item[0] for item in self.cotangent if item])
         point = self._frontier([*self.cotangent, *groups], self._shares).least_cost(most)
         return () if point is None else _real(point)
 
@@ -147,9 +149,4 @@ def _real(point: Point) -> tuple[Choice, ...]:
 
 def _round_up(share: float) -> str:
     """Return a share in percent, rounded up to a tenth."""
-    return f"{-(-share * 1000 // 1) / 10 + 0.1:.1f}"
-
-
-def is_inner(choice: Choice) -> bool:
-    """Tell whether a choice acts on the cotangent."""
-    return choice.moment is Moment.COTANGENT
+    return f"{min(100.0, -(-share * 1000 // 1) / 10 + 0.1):.1f}"

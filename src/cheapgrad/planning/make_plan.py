@@ -23,7 +23,7 @@ from cheapgrad.errors import (
 )
 from cheapgrad.planning.budget import Budget, Limit, describe_limit, read_flops, read_memory, read_noise
 from cheapgrad.planning.candidates import LayerCandidates, find_candidates
-from cheapgrad.planning.capture import capture_pass
+from cheapgrad.planning.capture import Capture, capture_pass
 from cheapgrad.planning.choosing import Menu
 from cheapgrad.planning.measure import (
     BatchFactors,
@@ -212,22 +212,22 @@ class _Planner:
                 self.factors.add(capture.energies(), number < _LAW_BATCHES)
                 if number >= _LAW_BATCHES:
                     continue
-                if needs_tangents:
+                if needs_tangents or _codes_slopes(capture, self.candidates):
                     push_forward(self.step, batch, capture.calls, below.take, _PROBES, seed=number)
                 observed.append(Observed(batch, capture, below))
         return variance, observed
 
     def _make_menu(self, observed: list[Observed], units: list[list[Unit]], exact: PlanFigures) -> Menu:
-        inner = {unit.layers: unit.layers[1:] for unit in units[0]}
-        groups = [find_groups(one.capture.calls, self.candidates, frozenset()) for one in observed]
+        groups = [find_groups(one.capture.calls, self.candidates) for one in observed]
         cotangent = [
             self._average([each[position].choices(one.below) for each, one in zip(units, observed, strict=True)])
             for position in range(len(units[0]))
         ]
         stored = [
-            self._average([each[position].choices() for each in groups]) for position in range(_common_length(groups))
+            self._average([each[position].choices(one.below) for each, one in zip(groups, observed, strict=True)])
+            for position in range(_common_length(groups))
         ]
-        return Menu(cotangent, stored, inner, exact.saved_bytes, exact.backward_flops)
+        return Menu(cotangent, stored, exact.saved_bytes, exact.backward_flops)
 
     def _average(self, choices: Sequence[Sequence[Choice]]) -> list[Choice]:
         """Return the choices of the first batch, with the mean noise, carried over to all batches."""
@@ -325,6 +325,11 @@ def _correct_costs(menu: Menu, limits: dict[str, Limit], choices: Sequence[Choic
         attribute = "bytes_offset" if name == "memory" else "flops_offset"
         setattr(menu, attribute, max(offset, getattr(menu, attribute) + 1e-3 * exact))
     return kept
+
+
+def _codes_slopes(capture: Capture, candidates: dict[str, LayerCandidates]) -> bool:
+    """Tell whether codes of slopes, whose noise goes down, may be among the choices."""
+    return any(call.activated and candidates[call.layer].stored for call in capture.calls)
 
 
 def _common_length(groups: Sequence[Sequence[Group]]) -> int:

@@ -328,6 +328,7 @@ def _evaluate(
             calls = [call for call in observed.capture.calls if call.layer in choice.layers]
             noise = Noise()
             for call in calls:
-                noise = noise + measure_stored_noise(call, choice.strategy, of_call.get(id(call)))
+                scale = of_call.get(id(call))
+                noise = noise + measure_stored_noise(call, choice.strategy, observed.below, choice.layers, scale)
             found[position] = noise
     return found

@@ -120,16 +120,73 @@ def measure_cotangent_noise(
 
 
 @torch.no_grad()
-def measure_stored_noise(call: Call, strategy: AbstractStrategy, scale: Tensor | None = None) -> Noise:
-    """Return the noise of what is stored of a layer's input, by the strategy's law: nothing is passed down.
+def measure_stored_noise(
+    call: Call,
+    strategy: AbstractStrategy,
+    below: PassedDown,
+    layers: Sequence[str] = (),
+    scale: Tensor | None = None,
+) -> Noise:
+    """Return the noise of what is stored of a layer's input, by the strategy's law.
+
+    Of itself it is in the layer's own weight alone. In a chain, the activation before the layer keeps codes of its
+    slope as well, and their noise goes down.
 
     Args:
         call: the call.
         strategy: the strategy.
+        below: tangents at the inputs of calls.
+        layers: all layers that take the strategy.
         scale: as in `measure_cotangent_noise`.
     """
     if scale is not None:
         call = dataclasses.replace(call, cotangent=scale_rows(call, scale))
+    return _input_noise(call, strategy) + _slope_noise(call, strategy, below, layers, scale)
+
+
+def joins_codes(call: Call, strategy: AbstractStrategy, layers: Sequence[str]) -> bool:
+    """Tell whether a call and the one before it make a chain of codes.
+
+    Args:
+        call: the call.
+        strategy: for what is stored.
+        layers: all layers that take it.
+    """
+    before = call.before
+    return isinstance(strategy, StochasticRounding) and before is not None and before.layer in layers
+
+
+def _slope_noise(
+    call: Call, strategy: AbstractStrategy, below: PassedDown, layers: Sequence[str], scale: Tensor | None
+) -> Noise:
+    """Return the noise of a coded slope: ``Σ_nj Var(f'_nj) dy_nj²``, times what meets it in the layers before.
+
+    Errors of one row are taken as independent where several of them meet, which is below the layer before.
+    """
+    before, dy = call.before, call.input_gradient
+    if not joins_codes(call, strategy, layers) or call.activation is None or before is None or dy is None:
+        return Noise()
+    stage, held = call.activation
+    if stage.activation.slope_kind != "smooth" or not isinstance(strategy, StochasticRounding):
+        # The branch of a piecewise linear activation is kept exactly.
+        return Noise()
+    slope = stage.activation.derivative(held, held)
+    variance = stage.activation.codec(strategy.bits).entry_variance(slope) * dy.double().square()
+    variance_NO = variance.reshape(-1, variance.shape[-1])
+    if scale is not None:
+        variance_NO = variance_NO * scale.square().unsqueeze(1)
+    module: Any = before.module
+    own = 0.0
+    if module.weight.requires_grad:
+        own += float(variance_NO.sum(1) @ row_norms(before, before.input).square())
+    if module.bias is not None and module.bias.requires_grad:
+        own += float(variance_NO.sum())
+    weight_OI = module.weight if before.kind.name == "Linear" else module.weight.t()
+    reached = float(variance_NO.sum(0) @ weight_OI.double().square().sum(1)) if before.wants_input else 0.0
+    return Noise(own, below.amplification(before) * reached if reached else 0.0)
+
+
+def _input_noise(call: Call, strategy: AbstractStrategy) -> Noise:
     if isinstance(strategy, StochasticRounding) and not call.is_matrix and call.module.groups == 1:
         return Noise(own=_rounded_image_noise(call, strategy))
     kind = call.kind

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cheapgrad.convert.kinds import LayerKind
 from cheapgrad.cost._saved_tensors import StorageKey
+from cheapgrad.ops.activations import derivative_saved_bytes
 from cheapgrad.ops.chains.joining import is_row_wise
 from cheapgrad.ops.plan import Plan as LayerPlan
 from cheapgrad.planning.candidates import LayerCandidates
 from cheapgrad.planning.capture import Call
 from cheapgrad.planning.frontier import Option
-from cheapgrad.planning.noise import Noise, PassedDown, measure_cotangent_noise, measure_stored_noise
-from cheapgrad.sketch import AbstractStrategy, Moment
+from cheapgrad.planning.noise import Noise, PassedDown, joins_codes, measure_cotangent_noise, measure_stored_noise
+from cheapgrad.sketch import AbstractStrategy, Moment, StochasticRounding
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Choice:
         bytes_change: of what the whole step holds.
         flops_change: of the whole backward pass.
         noise: added variance.
+        freed: storages that are let go, with their bytes.
     """
 
     layers: tuple[str, ...]
@@ -35,6 +37,7 @@ class Choice:
     bytes_change: float
     flops_change: float
     noise: Noise
+    freed: Mapping[StorageKey, int] = field(default_factory=dict)
 
     def option(self, cost: float) -> Option:
         """Return the choice as an option of a frontier."""
@@ -57,23 +60,23 @@ class Unit:
 
     def choices(self, below: PassedDown) -> list[Choice]:
         """Return every strategy with what it changes."""
+        # A chain computes the outputs of its activations again, so that nobody holds them.
+        freed = {
+            key: size
+            for chain in self.chains
+            for call in chain[1:]
+            if call.activated
+            for key, size in call.held.items()
+        }
         found = []
         for strategy in self.strategies:
             flops = sum(_flops_change(call, strategy, Moment.COTANGENT) for chain in self.chains for call in chain)
             noise = Noise()
             for chain in self.chains:
                 noise = noise + measure_cotangent_noise(chain, strategy, below)
-            found.append(Choice(self.layers, Moment.COTANGENT, strategy, self._bytes_change(), flops, noise))
+            less = -float(sum(freed.values()))
+            found.append(Choice(self.layers, Moment.COTANGENT, strategy, less, flops, noise, freed))
         return found
-
-    def _bytes_change(self) -> float:
-        """Return the bytes of activations' outputs that nobody holds any more: a chain computes them again."""
-        freed: dict[StorageKey, int] = {}
-        for chain in self.chains:
-            for call in chain[1:]:
-                if call.activated:
-                    freed.update(call.held)
-        return -float(sum(freed.values()))
 
 
 @dataclass
@@ -90,20 +93,25 @@ class Group:
     calls: list[Call]
     strategies: list[AbstractStrategy]
 
-    def choices(self) -> list[Choice]:
+    def choices(self, below: PassedDown) -> list[Choice]:
         """Return every strategy with what it changes."""
-        freed: dict[StorageKey, int] = {}
-        for call in self.calls:
-            freed.update(call.held)
         found = []
         for strategy in self.strategies:
-            kept = sum(call.kind.saved_bytes(strategy, Moment.STORED, call.shape) for call in self.calls)
-            flops = sum(_flops_change(call, strategy, Moment.STORED) for call in self.calls)
-            noise = Noise()
+            freed: dict[StorageKey, int] = {}
+            kept, flops, noise = 0.0, 0.0, Noise()
             for call in self.calls:
-                noise = noise + measure_stored_noise(call, strategy)
+                freed.update(call.held)
+                kept += call.kind.saved_bytes(strategy, Moment.STORED, call.shape)
+                flops += _flops_change(call, strategy, Moment.STORED)
+                noise = noise + measure_stored_noise(call, strategy, below, self.layers)
+                if joins_codes(call, strategy, self.layers) and call.activation is not None:
+                    freed.update(call.bypassed)
+                    stage, held = call.activation
+                    rows, features = held.numel() // held.shape[-1], held.shape[-1]
+                    if isinstance(strategy, StochasticRounding):
+                        kept += derivative_saved_bytes(stage.activation, strategy, rows, features)
             change = kept - sum(freed.values())
-            found.append(Choice(self.layers, Moment.STORED, strategy, change, flops, noise))
+            found.append(Choice(self.layers, Moment.STORED, strategy, change, flops, noise, freed))
         return found
 
 
@@ -149,13 +157,14 @@ def _walk_chains(drawing: Sequence[Call], followers: Mapping[int, Call]) -> list
     return chains
 
 
-def find_groups(calls: Sequence[Call], candidates: Mapping[str, LayerCandidates], taken: frozenset[str]) -> list[Group]:
-    """Join layers that read the same input; leave those out whose input somebody else holds anyway.
+def find_groups(calls: Sequence[Call], candidates: Mapping[str, LayerCandidates]) -> list[Group]:
+    """Join layers that read the same input, or follow each other row by row, as layers with equal codecs do.
+
+    Layers are left out whose input somebody else holds anyway.
 
     Args:
         calls: of an exact pass.
         candidates: what the layers can take.
-        taken: layers that are not to be touched.
     """
     storing = [call for call in calls if candidates[call.layer].stored]
     holders: dict[StorageKey, list[str]] = {}
@@ -163,13 +172,19 @@ def find_groups(calls: Sequence[Call], candidates: Mapping[str, LayerCandidates]
         for key in call.held:
             holders.setdefault(key, []).append(call.layer)
     joined = {call.layer: call.layer for call in storing}
-    blocked = {call.layer for call in storing if not call.held} | taken
+    blocked = {call.layer for call in storing if not call.held and not call.bypassed}
     for layers in holders.values():
         if any(layer not in joined for layer in layers):
             blocked.update(layers)
         for layer in layers[1:]:
             if layer in joined and layers[0] in joined:
                 _join(joined, layers[0], layer)
+    for call in storing:
+        before = call.before
+        if before is None or before.layer not in joined or {before.layer, call.layer} & blocked:
+            continue
+        if call.is_matrix and before.is_matrix:
+            _join(joined, before.layer, call.layer)
     spoiled = {_find(joined, layer) for layer in blocked if layer in joined}
     groups = []
     for root in dict.fromkeys(_find(joined, call.layer) for call in storing):

@@ -1,0 +1,258 @@
+"""What a plan says of itself, and what it leaves alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import cheapgrad
+from cheapgrad.errors import (
+    BatchError,
+    BatchOrderError,
+    BudgetError,
+    CheapgradError,
+    ConversionError,
+    LossError,
+    ModelTypeError,
+    NoEffectWarning,
+    NoMatchError,
+    NondeterministicLossError,
+    RecordError,
+    RuleError,
+    UnreachableBudgetError,
+)
+from cheapgrad.planning import Plan, PlanFigures, PlannedLayer
+from cheapgrad.planning.budget import read_flops, read_memory, read_noise
+from cheapgrad.sketch import RowSample, StochasticRounding
+from tests.planning.networks import Batch, loss_fn, make_batches, make_mlp, make_vit
+
+ROWS = [cheapgrad.Rule(nn.Linear, cotangent=RowSample(keep)) for keep in (0.5, 0.25)]
+CODES = [cheapgrad.Rule(nn.Linear, stored=StochasticRounding(4, group=8))]
+
+
+def make_plan(model: nn.Module | None = None, batches: list[Batch] | None = None, **options: Any) -> Plan:
+    arguments: dict[str, Any] = {"strategies": ROWS, "skip_small": False, **options}
+    return cheapgrad.plan(
+        make_mlp(3) if model is None else model, loss_fn, batches or make_batches((24,), 2), **arguments
+    )
+
+
+def test_plan_goes_through_json() -> None:
+    plan = make_plan(flops="60 %")
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert again.rules == plan.rules
+    assert json.loads(plan.to_json())["layers"][0]["cotangent"]["type"] == "RowSample"
+
+
+def test_table_names_layers_and_totals() -> None:
+    text = str(make_plan(flops="60 %"))
+    assert "RowSample(keep=0.5)" in text
+    assert "backward FLOPs" in text
+    assert "c(1 + ω)" in text
+
+
+@pytest.mark.parametrize("make", [make_mlp, make_vit])
+def test_model_is_as_before(make: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(make(), nn.BatchNorm1d(5)).double().train()
+    batches = make_batches((24,) if make is make_mlp else (6, 12), 2)
+    loss_fn(model, batches[0]).backward()
+    classes = [type(module) for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    torch.manual_seed(5)
+    random_state = torch.get_rng_state()
+    cheapgrad.plan(model, loss_fn, batches, strategies=ROWS + CODES, skip_small=False, noise=0.3)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [type(module) for module in model.modules()] == classes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    now = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(torch.equal(one, other) for one, other in zip(now, gradients, strict=True))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_same_model_gives_the_same_plan() -> None:
+    assert make_plan(flops="60 %") == make_plan(flops="60 %")
+
+
+def test_plan_for_small_layers_converts_them() -> None:
+    model = make_mlp(3)
+    handle = cheapgrad.approximate(model, make_plan(model, flops="60 %"))
+    assert [row.status for row in handle.rows] == ["converted"] * 3
+
+
+def test_plan_that_changes_nothing_says_so() -> None:
+    model = make_mlp(3)
+    plan = make_plan(model, flops="100 %")
+    assert plan.advice == "the exact step keeps the budget: nothing is to be done"
+    with pytest.warns(NoEffectWarning, match="the plan leaves every layer exact"):
+        handle = cheapgrad.approximate(model, plan)
+    assert handle.rows == ()
+
+
+def test_budgets_in_bytes_and_flops_are_those_in_shares() -> None:
+    share = make_plan(flops="60 %")
+    flops = 0.6 * share.exact.backward_flops
+    assert make_plan(flops=flops).layers == share.layers
+    assert make_plan(flops=f"{flops / 1e3} kFLOP").layers == share.layers
+    assert make_plan(flops=0.6).layers == share.layers
+
+
+@pytest.mark.parametrize(
+    ("noise", "is_better"),
+    [(0.5, False), (0.9, False), (1.1, True), (3.0, True)],
+)
+def test_smaller_batch_is_recommended_from_break_even_on(noise: float, is_better: bool) -> None:
+    exact = PlanFigures(1000, 100, 200, 0.0)
+    layer = PlannedLayer("fc", stored=StochasticRounding(4))
+    plan = Plan({"memory": 0.5}, exact, PlanFigures(500, 100, 200, noise), (layer,), 0.01, noise, 2)
+    assert plan.cost_times_noise == pytest.approx(0.5 * (1 + noise))
+    assert plan.smaller_batch_is_better == is_better
+    assert ("take the smaller batch" in plan.advice) == is_better
+    # The FLOPs of the forward pass count too: c = (100 + 100) / 300.
+    flops = dataclasses.replace(plan, budgets={"flops": 0.5}, predicted=PlanFigures(1000, 100, 100, noise))
+    assert flops.cost_times_noise == pytest.approx(2 / 3 * (1 + noise))
+
+
+def test_noise_ceiling_is_kept_or_refused() -> None:
+    free = make_plan(flops="60 %")
+    with pytest.raises(UnreachableBudgetError, match="contradict each other") as raised:
+        make_plan(flops="60 %", noise=free.separate_noise_fraction / 4)
+    nearest = re.search(r"flops='([0-9.]+) %'", str(raised.value).rsplit("nearest", 1)[1])
+    assert nearest is not None
+    kept = make_plan(flops=f"{nearest[1]} %", noise=free.separate_noise_fraction / 4)
+    assert kept.predicted.noise_fraction <= free.separate_noise_fraction / 4
+    # More noise allowed than is needed changes nothing.
+    assert make_plan(flops="60 %", noise=10.0).layers == free.layers
+
+
+@pytest.mark.parametrize("budget", [{"flops": "3 %"}, {"memory": "5 %", "strategies": CODES}])
+def test_unreachable_budget_names_the_nearest_one(budget: dict[str, Any]) -> None:
+    name = next(iter(budget))
+    with pytest.raises(UnreachableBudgetError, match=re.escape(f"{name}='{budget[name]}' asks for")) as raised:
+        make_plan(**budget)
+    nearest = re.search(r"nearest budget is (\w+)='([0-9.]+) %'", str(raised.value))
+    assert nearest is not None
+    make_plan(**{**budget, name: f"{nearest[2]} %"})
+
+
+def unchanged_after(call: Callable[[nn.Module], object], error: type[CheapgradError], text: str) -> None:
+    model = make_mlp(3)
+    classes = [type(module) for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(error, match=re.escape(text)):
+        call(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.training
+
+
+def planning(loss: Callable[..., Any], **options: Any) -> Callable[[nn.Module], object]:
+    arguments: dict[str, Any] = {"flops": "60 %", "strategies": ROWS, "skip_small": False, **options}
+    return lambda model: cheapgrad.plan(model, loss, make_batches((24,), 2), **arguments)
+
+
+def depends_on_order(model: nn.Module, batch: Batch) -> Any:
+    weights = torch.linspace(0.0, 1.0, len(batch[1]), dtype=torch.float64)
+    return (nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none") * weights).mean()
+
+
+_coins = torch.Generator().manual_seed(0)
+
+
+def draws_by_itself(model: nn.Module, batch: Batch) -> Any:
+    noise = torch.randn(batch[0].shape, generator=_coins, dtype=torch.float64)
+    return loss_fn(model, (batch[0] + noise, batch[1]))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (planning(lambda model, batch: model(batch[0])), LossError, "returned a tensor of shape (24, 5)"),
+        (planning(lambda model, batch: 1.5), LossError, "returned 1.5 of type float"),
+        (planning(lambda model, batch: loss_fn(model, batch).detach()), LossError, "that does not"),
+        (planning(depends_on_order), BatchOrderError, "for the same 24 examples in another order"),
+        (planning(draws_by_itself), NondeterministicLossError, "from the same random state"),
+        (planning(loss_fn, flops=None), BudgetError, "plan needs a budget"),
+        (planning(loss_fn, flops="sixty"), BudgetError, "cannot read flops='sixty'"),
+        (planning(loss_fn, strategies=[]), RuleError, "strategies is empty"),
+        (planning(loss_fn, strategies=[cheapgrad.Rule("*.q", cotangent=RowSample(0.5))]), NoMatchError, "'*.q'"),
+        (planning(loss_fn, strategies=None, skip_small=True), NoMatchError, "no layer of Sequential takes"),
+        (lambda model: cheapgrad.plan(model, loss_fn, make_batches((24,), 1), flops=0.6), BatchError, "but got 1"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_the_model_alone(
+    call: Callable[[nn.Module], object], error: type[CheapgradError], text: str
+) -> None:
+    unchanged_after(call, error, text)
+
+
+def test_models_that_cannot_be_planned_for_are_refused() -> None:
+    with pytest.raises(ModelTypeError, match="'mlp' of type str"):
+        cheapgrad.plan("mlp", loss_fn, [], flops=0.5)  # type: ignore[arg-type]
+    model = make_mlp(3)
+    with pytest.raises(ConversionError, match="evaluation mode"):
+        make_plan(model.eval(), flops=0.5)
+    handle = cheapgrad.approximate(model.train(), ROWS[0], skip_small=False)
+    with pytest.raises(ConversionError, match="layer '0'"):
+        make_plan(model, flops=0.5)
+    handle.revert()
+
+
+@pytest.mark.parametrize(
+    ("read", "given", "value"),
+    [
+        (lambda given: read_memory(given, 2000.0), "60 %", 1200.0),
+        (lambda given: read_memory(given, 2000.0), "0.5", 1000.0),
+        (lambda given: read_memory(given, 2000.0), 0.5, 1000.0),
+        (lambda given: read_memory(given, 2000.0), "4 GiB", 4 * 2**30),
+        (lambda given: read_memory(given, 2000.0), "1.5MB", 1.5e6),
+        (lambda given: read_memory(given, 2000.0), 1234, 1234.0),
+        (lambda given: read_flops(given, 2000.0), "3 GFLOP", 3e9),
+        (lambda given: read_flops(given, 2000.0), 2e12, 2e12),
+        (read_noise, "5%", 0.05),
+        (read_noise, 0.0, 0.0),
+        (read_noise, 2, 2.0),
+    ],
+)
+def test_budgets_are_understood(read: Callable[[Any], Any], given: Any, value: float) -> None:
+    assert read(given).value == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("read", "given", "text"),
+    [
+        (lambda given: read_memory(given, 2000.0), "160 %", "must be in (0, 1], but got '160 %'"),
+        (lambda given: read_memory(given, 2000.0), 0.0, "must be in (0, 1], but got 0.0"),
+        (lambda given: read_memory(given, 2000.0), "4 GFLOP", "memory has no unit 'GFLOP'"),
+        (lambda given: read_memory(given, 2000.0), True, "but got True"),
+        (lambda given: read_flops(given, 2000.0), "4 GiB", "flops has no unit 'GiB'"),
+        (lambda given: read_flops(given, 2000.0), float("nan"), "but got nan"),
+        (read_noise, "5 GiB", "noise has no unit 'GiB'"),
+        (read_noise, -0.1, "but got -0.1"),
+    ],
+)
+def test_budgets_that_are_none_are_named(read: Callable[[Any], Any], given: Any, text: str) -> None:
+    with pytest.raises(BudgetError, match=re.escape(text)):
+        read(given)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no json", "this is no JSON"),
+        ('{"kind": "something"}', "but are 'something' and None"),
+        ("[1]", "but are 'list' and None"),
+        ('{"kind": "cheapgrad.plan", "version": 1}', "this plan is damaged: KeyError"),
+    ],
+)
+def test_damaged_plans_are_named(text: str, message: str) -> None:
+    with pytest.raises(RecordError, match=re.escape(message)):
+        Plan.from_json(text)

@@ -72,10 +72,10 @@ def _measure_module(module: nn.Module, x: Tensor, rounds: int) -> Iterator[dict[
     functions = {"torch": lambda: step(module), "4 bits": lambda: step(converted)}
     timings = time_interleaved(functions, reference="torch", rounds=rounds, label=type(module).__name__)
     for method, timing in timings.items():
-        yield _record(f"{module}, {method}", timing)
+        yield _record(f"{module}, {method}", timing, x.numel())
 
 
-def _record(method: str, timing: Timing) -> dict[str, Any]:
-    nanoseconds = timing.seconds / (SHAPE[0] * SHAPE[1]) * 1e9
+def _record(method: str, timing: Timing, entries: int = SHAPE[0] * SHAPE[1]) -> dict[str, Any]:
+    nanoseconds = timing.seconds / entries * 1e9
     record = {"benchmark": "codec", "method": method, "nanoseconds_per_entry": nanoseconds}
     return record | {"share_of_reference": timing.ratio, "spread": timing.spread}

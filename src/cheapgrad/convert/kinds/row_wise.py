@@ -23,6 +23,8 @@ from cheapgrad.sketch import AbstractStrategy, LayerShape, Moment, StochasticRou
 def why_not_row_wise(module: nn.Module, strategy: AbstractStrategy, moment: Moment) -> str:
     """Return why a strategy is left out for a norm or an activation, or an empty string."""
     name = type(module).__name__
+    if len(getattr(module, "normalized_shape", (0,))) != 1:
+        return f"unsupported: {name} normalises over several axes; the last one alone is covered"
     alone = Plan(stored=strategy) if moment is Moment.STORED else Plan(cotangent=strategy)
     if not is_row_wise(alone):
         kinds = "stochastic rounding is stored" if moment is Moment.STORED else "rows drawn by the cotangent alone"

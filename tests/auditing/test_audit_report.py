@@ -73,7 +73,7 @@ def test_verdict_of_a_bias_that_only_the_whole_shows(good):
 
 
 def test_lines_fit(good):
-    assert max(len(line) for line in good.table().splitlines()[:-4]) <= 150
+    assert max(len(line) for line in good.table().splitlines()[:-4]) <= 160
 
 
 def test_bar_on_standard_error(capsys):

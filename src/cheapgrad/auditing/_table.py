@@ -13,7 +13,7 @@ from cheapgrad.cost.units import format_bytes, format_flops
 if TYPE_CHECKING:
     from cheapgrad.auditing.report import AuditReport, LayerAudit
 
-_WIDTH = 150
+_WIDTH = 160
 _NAMED = 4
 # Scales this near to a whole number, or to one over it, are named as such.
 _WHOLE = 0.02

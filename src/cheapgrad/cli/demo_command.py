@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Trains a small vision transformer and a perceptron on the digits of scikit-learn: exactly, with checkpointing, with
 another batch size of equal step time, and with sketches in the backward pass. Prints tables of accuracy, time, memory,
-variance and bias; leaves demo.json, demo.png and report.html. Takes about three minutes on two cores that have nothing
-else to do."""
+variance and bias; leaves demo.json, demo.png and report.html. Takes a few minutes on two cores that have nothing else
+to do."""
 
 _STRATEGY_HELP = """\
 compare this strategy instead of the usual ones, e.g. 'RowSample(keep=0.25)@cotangent', or for both moments

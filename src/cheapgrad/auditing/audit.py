@@ -28,7 +28,7 @@ from cheapgrad.errors import BudgetError, check_count
 
 
 @dataclass(frozen=True)
-class AuditSettings:
+class _Settings:
     """How an audit is made; see `audit`."""
 
     draws: int
@@ -117,7 +117,7 @@ def audit(
         >>> report.unbiased
         True
     """
-    settings = AuditSettings(draws, alpha, seed, tolerance, split, group)
+    settings = _Settings(draws, alpha, seed, tolerance, split, group)
     step = Step(model, loss_fn, reference)
     with undisturbed(model):
         return _run(step, batch, settings, progress)
@@ -179,13 +179,13 @@ def audit_step(
         >>> audit_step(model, loss_fn, (x, y), mean_of_means, draws=8).unbiased
         False
     """
-    settings = AuditSettings(draws, alpha, seed, tolerance, split, group)
+    settings = _Settings(draws, alpha, seed, tolerance, split, group)
     step = Step(model, loss_fn, reference, accumulate)
     with undisturbed(model):
         return _run(step, batch, settings, progress)
 
 
-def _run(step: Step, batch: Any, settings: AuditSettings, progress: bool | None) -> AuditReport:
+def _run(step: Step, batch: Any, settings: _Settings, progress: bool | None) -> AuditReport:
     pool = Pool(settings.group)
     seed_of = functools.partial(make_seed, settings.seed or 0, pool.rank)
     draws_noise = find_noise(step, batch, seed_of, seed_given=settings.seed is not None)
@@ -232,7 +232,7 @@ def _check_exact(step: Step, batch: Any, exact: DrawnGradient, seed: int, draws_
 
 
 def _draw(
-    series: Series, collector: ErrorCollector, pool: Pool, settings: AuditSettings, progress: bool | None
+    series: Series, collector: ErrorCollector, pool: Pool, settings: _Settings, progress: bool | None
 ) -> tuple[DrawnErrors, Judgement, int, bool]:
     """Return the errors of all draws, the judgement, whose draws they are, and whether an alarm was put to the test."""
     resolutions = pool.mean(collector.resolutions)

@@ -272,7 +272,7 @@ def test_plan_has_its_layers_and_totals(tmp_path):
     assert rows["fc2"] == ["–", repr(RowSample(keep=0.5)), "0.02"]
     summary = text_of(find(page, "summary"))
     assert "add 0.05 of the mini-batch variance; c(1 + ω) = 0.25 × 1.05 = 0.263 is below 1" in summary
-    assert "Asked for: memory = 25 %. a remark" in text_of(find(page, "plan"))
+    assert "Asked for: memory = 25 %; a remark" in text_of(find(page, "plan"))
 
 
 def test_plan_without_layers_and_of_many(tmp_path):

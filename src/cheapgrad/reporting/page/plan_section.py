@@ -58,7 +58,7 @@ def _write_plan(plan: Plan, label: str, name: str) -> Html:
     return element(
         "div",
         element("h3", label),
-        element("p", " ".join([f"Asked for: {asked}.", *plan.remarks])),
+        element("p", "; ".join([f"Asked for: {asked}", *plan.remarks])),
         _write_totals(plan, label, name),
         pair(
             chart,

@@ -216,6 +216,9 @@ def test_alarm_of_the_first_half_alone_is_none():
         for seed in range(30)
     ]
     assert all(report.unbiased for report in audits)
+    dismissed = [report for report in audits if report.confirmed]
+    assert dismissed
+    assert all(report.draws == 32 for report in dismissed)
 
 
 def test_compiled_model_is_compared_with_eager_code():

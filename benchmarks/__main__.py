@@ -21,6 +21,7 @@ from benchmarks.laplace import measure_laplace
 from benchmarks.layer import measure_layers
 from benchmarks.memory import keep_freed_memory
 from benchmarks.noise import measure_noise
+from benchmarks.plan import measure_plans, measure_theory
 from benchmarks.published import measure_published
 from benchmarks.scan import measure_scans
 from benchmarks.step import measure_steps
@@ -41,6 +42,8 @@ _NAMES = (
     "debiased_steps",
     "laplace",
     "audit",
+    "theory",
+    "plan",
 )
 
 
@@ -91,6 +94,10 @@ def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]
         return judge_worth(earlier)
     if name == "curvature":
         return measure_curvature(rounds=arguments.rounds)
+    if name == "theory":
+        return measure_theory(seeds=200)
+    if name == "plan":
+        return measure_plans(epochs=arguments.epochs or 3, draws=6)
     if name == "laplace":
         return measure_laplace(seeds=8)
     if name == "bias":

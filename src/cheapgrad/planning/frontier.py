@@ -59,9 +59,10 @@ class Frontier:
         more of them); beyond, the noise is that of the best combination whose cost is lower by at most
         ``items × range / 4096``.
 
-    >>> items = [[Option(0, 0, "a"), Option(-2, 1, "b")], [Option(0, 0, "c"), Option(-2, 3, "d")]]
-    >>> [(point.cost, point.noise) for point in Frontier(items).points()]
-    [(-4.0, 4.0), (-2.0, 1.0), (0.0, 0.0)]
+    Example:
+        >>> items = [[Option(0, 0, "a"), Option(-2, 1, "b")], [Option(0, 0, "c"), Option(-2, 3, "d")]]
+        >>> [(point.cost, point.noise) for point in Frontier(items).points()]
+        [(-4.0, 4.0), (-2.0, 1.0), (0.0, 0.0)]
     """
 
     def __init__(self, items: Sequence[Sequence[Option]]) -> None:

@@ -79,8 +79,8 @@ def _moved(parameters: Sequence[nn.Parameter], length: float, seed: int) -> Iter
                 device = parameter.device
                 if device not in generators:
                     generators[device] = torch.Generator(device).manual_seed(seed)
-                coins = torch.randint(0, 2, parameter.shape, generator=generators[device], device=device)
-                parameter.add_((2 * coins - 1).to(parameter.dtype), alpha=length)
+                coins = torch.empty_like(parameter).bernoulli_(0.5, generator=generators[device])
+                parameter.add_(coins.mul_(2).sub_(1), alpha=length)
         yield
     finally:
         with torch.no_grad():

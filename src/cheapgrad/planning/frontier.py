@@ -61,8 +61,11 @@ class Frontier:
 
     Example:
         >>> items = [[Option(0, 0, "a"), Option(-2, 1, "b")], [Option(0, 0, "c"), Option(-2, 3, "d")]]
-        >>> [(point.cost, point.noise) for point in Frontier(items).points()]
-        [(-4.0, 4.0), (-2.0, 1.0), (0.0, 0.0)]
+        >>> for point in Frontier(items).points():
+        ...     print(point.cost, point.noise)
+        -4.0 4.0
+        -2.0 1.0
+        0.0 0.0
     """
 
     def __init__(self, items: Sequence[Sequence[Option]]) -> None:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
+
+# Longer texts are not repeated in a message.
+_SHORT = 60
 
 
 class CheapgradError(Exception):
@@ -127,6 +131,14 @@ class BiasedGradientError(CheapgradError, AssertionError):
     """A gradient that should be unbiased is not, or was measured too coarsely to tell."""
 
 
+class ArgumentError(CheapgradError, TypeError):
+    """An argument is of a kind that has no meaning there, such as a number in place of settings."""
+
+
+class ProbabilityError(CheapgradError, ValueError):
+    """Numbers that should be probabilities are none: negative, not finite, or not of sum one, such as logits."""
+
+
 class OperatorError(CheapgradError, TypeError):
     """Something given as a curvature matrix is none: no shape or ``@``, not square, not symmetric, not real."""
 
@@ -229,6 +241,58 @@ def nearest_match(name: str, candidates: Iterable[str]) -> str:
     if not close:
         return ""
     return "; did you mean " + " or ".join(repr(candidate) for candidate in close) + "?"
+
+
+def describe_value(value: object) -> str:
+    """Return what a value is, in a few words: its type, and its shape or length instead of its entries.
+
+    >>> describe_value(3), describe_value([1.0]), describe_value("kfac"), describe_value(dict)
+    ('an int 3', 'a list of 1', "a str 'kfac'", 'the class dict')
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    kind = type(value).__name__
+    text = f"{'an' if kind[:1] in 'aeiouAEIO' else 'a'} {kind}"
+    if isinstance(value, (bool, int, float, str, bytes)) and len(repr(value)) <= _SHORT:
+        return f"{text} {value!r}"
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return f"{text} of shape {tuple(shape)}"
+    return f"{text} of {len(value)}" if isinstance(value, (list, tuple, dict, set)) else text
+
+
+def check_instance(name: str, value: object, kinds: type | tuple[type, ...], advice: str = "") -> None:
+    """Raise `ArgumentError` unless a value is of one of some kinds.
+
+    Args:
+        name: of the argument, as the caller wrote it.
+        value: what came.
+        kinds: what is allowed.
+        advice: what to do, ends the message.
+
+    Raises:
+        ArgumentError: with what came and what is allowed.
+
+    Example:
+        >>> check_instance("seed", 3, int)
+    """
+    if isinstance(value, kinds):
+        return
+    allowed = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+    raise ArgumentError(
+        f"{name} must be of type {allowed}, but got {describe_value(value)}" + (f"; {advice}" if advice else "")
+    )
+
+
+def check_number(name: str, value: object, above: float = -math.inf) -> float:
+    """Return `value` as a float if it is a finite number larger than `above`; raise `BudgetError` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value <= above:
+        allowed = "a finite number" + ("" if above == -math.inf else f" above {above:g}")
+        raise BudgetError(
+            f"{name} must be {allowed}, but got "
+            f"{repr(value) if isinstance(value, numbers.Real) else describe_value(value)}"
+        )
+    return float(value)
 
 
 def check_fraction(name: str, value: object) -> float:

@@ -128,6 +128,12 @@ def test_a_closure_without_a_loss_is_refused(closure, text):
     assert all(module._cheapgrad.probe is None for module in model.modules() if hasattr(module, "_cheapgrad"))
 
 
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch):
+    """Let summaries be as wide as they need to be, whatever runs the tests."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def test_summary_before_a_batch():
     handle = convert(Network())
     text = handle.summary()
@@ -135,6 +141,7 @@ def test_summary_before_a_batch():
     assert text.startswith("cheapgrad: 6 of 6 matched layers converted")
     assert "bytes and FLOPs appear after the first training batch" in text
     assert "relative variances appear after handle.predict(closure)" in text
+    assert "modelled" not in text
     assert repr(handle) == "<cheapgrad.Handle of Network: 6 of 6 layers converted>"
 
 
@@ -157,6 +164,52 @@ def test_summary_after_a_batch_and_a_prediction():
     assert "33.55 MFLOP → 8.39 MFLOP" in first
     assert f"{handle.rows[0].relative_variance:.3g}" in first
     assert "too small to pay" in handle.summary()
+
+
+def predicted_encoder_layer():
+    """Return the handle of a layer of PyTorch's own, all of it converted and predicted."""
+    torch.manual_seed(2)
+    model = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    handle = approximate(model, Rule(stored=StochasticRounding(4), cotangent=RowSample(0.5)), skip_small=False)
+    handle.predict(squared_loss(model, torch.randn(4, 8, 64)))
+    return handle
+
+
+@pytest.mark.parametrize("columns", [None, "150", "100", "72", "50", "5"])
+def test_summary_never_loses_a_variance(columns, monkeypatch):
+    handle = predicted_encoder_layer()
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    lines = handle.summary().splitlines()
+    first = next(place for place, line in enumerate(lines) if line.startswith("layer"))
+    # What explains the cells stands below them.
+    cells = "\n".join(line for line in lines[first:] if not line.startswith(("no ", "not shown", "bytes and")))
+    expected = [row.relative_variance for row in handle.rows]
+    assert sum(value is not None for value in expected) >= 2
+    for value in expected:
+        assert value is None or f"{value:.3g}" in cells
+    assert all(name in lines[first] for name in ("layer", "rel. var. dW"))
+    if columns is None:
+        assert all(name in lines[first] for name in ("kind", "saved", "backward"))
+        assert "not shown" not in handle.summary()
+    elif int(columns) >= 50:
+        assert max(map(len, cells.splitlines())) <= int(columns)
+
+
+def test_summary_uses_the_width_of_the_terminal(monkeypatch):
+    handle = predicted_encoder_layer()
+    monkeypatch.setenv("COLUMNS", "72")
+    assert "not shown in 72 columns of text: kind, backward; handle.rows has all of it" in handle.summary()
+    monkeypatch.setenv("COLUMNS", "300")
+    assert "not shown" not in handle.summary()
+
+
+def test_footers_say_nothing_of_cells_that_are_filled():
+    text = predicted_encoder_layer().summary()
+    assert "appear after" not in text
+    # Of attention there is no model; its row keeps its dashes, and a footer says whose they are.
+    assert "no bytes and FLOPs of self_attn: no batch came by, or there is no model of it" in text
+    assert "no relative variance of self_attn: " in text
 
 
 def test_rows_serialise():

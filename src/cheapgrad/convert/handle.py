@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,16 @@ from cheapgrad.convert.scopes import close_scopes
 from cheapgrad.convert.sketched_layer import Probe, SketchedLayer, Switch, sketched_class
 from cheapgrad.convert.summary import render_summary
 from cheapgrad.cost import CostComparison, compare, scan
-from cheapgrad.errors import ConversionError, ModelTypeError, ShapeError
+from cheapgrad.errors import (
+    ConversionError,
+    ModelTypeError,
+    NoMatchError,
+    PlacementError,
+    ShapeError,
+    nearest_match,
+)
 from cheapgrad.exactness import forced_exact
+from cheapgrad.sketch import AbstractStrategy
 
 
 class Handle:
@@ -79,6 +87,49 @@ class Handle:
             del module.__dict__["_cheapgrad"]
         close_scopes(self.model)
         self._reverted = True
+
+    def strategies(self) -> dict[str, AbstractStrategy]:
+        """Return the cotangent's strategy of every converted layer that has one, by the layer's name."""
+        plans = {name: module._cheapgrad.plan for name, module in self._converted()}
+        return {name: plan.cotangent for name, plan in plans.items() if plan.cotangent is not None}
+
+    def replace_strategies(self, strategies: Mapping[str, AbstractStrategy]) -> None:
+        """Give layers another strategy of the same kind for the cotangent, such as one with another budget.
+
+        Graphs that exist already keep the strategies they were made with.
+
+        Args:
+            strategies: by the layer's name, of the class that the layer has now.
+
+        Raises:
+            NoMatchError: if a name is none of `strategies`.
+            PlacementError: if a strategy is of another class.
+            ConversionError: if the handle was reverted.
+        """
+        self._check_live()
+        layers = dict(self._converted())
+        present = self.strategies()
+        for name, strategy in strategies.items():
+            if name not in present:
+                raise NoMatchError(
+                    f"no layer {name!r} has a strategy for its cotangent{nearest_match(name, present)} "
+                    f"(layers: {', '.join(map(repr, list(present)[:8])) or 'none'})"
+                )
+            if type(strategy) is not type(present[name]):
+                raise PlacementError(f"layer {name!r} has {present[name]!r}, which {strategy!r} cannot stand in for")
+        for name, strategy in strategies.items():
+            conversion = layers[name]._cheapgrad
+            conversion.plan = dataclasses.replace(conversion.plan, cotangent=strategy)
+        self._records = tuple(
+            dataclasses.replace(record, cotangent=repr(strategies[record.name]))
+            if record.name in strategies
+            else record
+            for record in self._records
+        )
+
+    def seen_sizes(self) -> dict[str, Any]:
+        """Return the sizes of every converted layer's last training pass, by the layer's name; None before one."""
+        return {name: module._cheapgrad.shape for name, module in self._converted()}
 
     def predict(self, closure: Callable[[], Tensor]) -> tuple[LayerRecord, ...]:
         """Evaluate every layer's law on the tensors of one exact forward and backward pass.

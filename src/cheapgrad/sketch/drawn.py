@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cheapgrad.sketch._strategy import AbstractDrawnCotangent
 from cheapgrad.sketch.operands import AbstractStoredMatrix
+from cheapgrad.sketch.selection import Selection
 
 
 class AxisSketch(Protocol):
@@ -116,7 +117,10 @@ class DrawnRows(AbstractDrawnCotangent):
         """Return ``(S G).T (S X)``; where X's rows are sketched already, G is not sketched again."""
         if stored.sketches_rows:
             return stored.contract(self._cotangent_NO)
-        return self.sketched_KO.mT @ self.sketch.gather_rows(stored)
+        stored_KI = self.sketch.gather_rows(stored)
+        if isinstance(self.sketch, Selection) and self.sketch.watch is not None:
+            self.sketch.watch(self.sketched_KO, stored_KI)
+        return self.sketched_KO.mT @ stored_KI
 
 
 class DrawnColumns(AbstractDrawnCotangent):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,12 +24,14 @@ class Selection:
         weight_K: their weights (1 / inclusion probability), float64, shape ``[K]``.
         size: length of the axis.
         may_repeat: whether an index can occur more than once (sampling with replacement).
+        watch: called with the two factors of each dW that the draw serves, ``[K, O]`` and ``[K, I]``, or None.
     """
 
     index_K: Tensor
     weight_K: Tensor
     size: int
     may_repeat: bool = False
+    watch: Callable[[Tensor, Tensor], None] | None = field(default=None, compare=False, repr=False)
 
     def apply(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Return the kept coordinates of `tensor` along `dim`, weighted."""
@@ -64,4 +67,4 @@ class Selection:
         offsets = torch.arange(block, device=self.index_K.device)
         index = (self.index_K.unsqueeze(-1) * block + offsets).flatten()
         weight = self.weight_K.unsqueeze(-1).expand(-1, block).flatten()
-        return Selection(index, weight, self.size * block, self.may_repeat)
+        return Selection(index, weight, self.size * block, self.may_repeat, self.watch)

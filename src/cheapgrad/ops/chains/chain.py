@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from cheapgrad.ops.chains.watching import Watch, is_asked_for, is_observed
 from cheapgrad.sketch import AbstractStrategy, Moment, Operands
 from cheapgrad.sketch._row_sampling import AbstractRowSampling
 from cheapgrad.sketch.selection import Selection
+from cheapgrad.sketch.transforms import is_inside_transform
 
 # Where a node of the autograd graph carries the chain of the tensor it made. Not on the tensor, which may be pickled.
 _KEY = "cheapgrad_chain"
@@ -46,12 +48,13 @@ class Chain:
     """How a tensor was computed, row by row, from `root`; found on the tensor's autograd node.
 
     Attributes:
-        root: the input of the first stage.
+        root: what stands for the input of the first stage in the graph, without holding it; see `stand_in`.
         links: the stages, in forward order.
         cotangent: the strategy that draws rows, or None as long as no stage asked for one.
         version: the tensor's version counter; another one means that the tensor was overwritten.
         passed: the tensors between root and output.
         is_linked: whether the output's own autograd nodes hold no more than the chain does, so that they may be kept.
+        origin: tells whether two chains start from the same tensor; the same object if so.
     """
 
     root: Tensor
@@ -60,6 +63,33 @@ class Chain:
     version: int
     passed: tuple[Watch, ...] = ()
     is_linked: bool = True
+    origin: weakref.ref[Tensor] | None = None
+
+
+class _StandIn(torch.autograd.Function):
+    """An expanded zero in the place of a tensor, whose gradient is the tensor's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def stand_in(x: Tensor) -> Tensor:
+    """Return what leads to `x` in the graph and has its shape, but holds none of its numbers.
+
+    Chains outlive the tensors that they start from: where codes have taken the place of one, nobody may hold it.
+    """
+    return x if torch.compiler.is_compiling() or is_inside_transform() else _StandIn.apply(x)
 
 
 class _Holder:
@@ -72,6 +102,11 @@ class _Holder:
     def release(self, *_: Any) -> None:
         """Let the chain go."""
         self.chain = None
+
+    def settle(self) -> None:
+        """Let go of the larger records."""
+        if self.chain is not None:
+            self.chain = settle(self.chain)
 
 
 @dataclass(frozen=True)
@@ -181,7 +216,8 @@ def _pull_back(
     records = _split(saved[count:], layout.record_counts)
     grad_NO = grad.reshape(-1, grad.shape[-1])
     selection = _draw(layout, grad_NO)
-    rows = KeptRows(None if selection is None else selection.index_K, grad_NO.shape[0])
+    index_K, watch = (None, None) if selection is None else (selection.index_K, selection.watch)
+    rows = KeptRows(index_K, grad_NO.shape[0], watch)
     cotangent = grad_NO if selection is None else selection.apply(grad_NO, 0)
     opened = _open_stages(layout, records, parameters, rows)
     gradients: list[tuple[Tensor | None, ...]] = []
@@ -250,6 +286,12 @@ def settle(chain: Chain) -> Chain:
     return dataclasses.replace(chain, links=links, is_linked=is_linked)
 
 
+def held_root(chain: Chain) -> Tensor | None:
+    """Return the input of the first stage, if it is what the stage holds."""
+    first = chain.links[0]
+    return first.record[0] if first.stage.stored is None and first.record and not first.stage.keeps_output else None
+
+
 def let_rebuild(output: Tensor, root: Tensor, links: tuple[Link, ...]) -> None:
     """Let other operations that save `output` keep the root that the links compute it from instead."""
     scope = current_scope()
@@ -294,18 +336,19 @@ def attach_chain(
     if not torch.compiler.is_compiling():
         held = output if stage.keeps_output else root
         link = Link(stage, parameters, stage.record(held.detach(), parameters, is_rebuilt=False))
-        _attach(output, Chain(root, (link,), cotangent, output._version))
+        _attach(output, Chain(stand_in(root), (link,), cotangent, output._version, origin=weakref.ref(root)))
 
 
-def _attach(output: Tensor, chain: Chain) -> None:
+def _attach(output: Tensor, chain: Chain) -> _Holder | None:
     node: Any = output.grad_fn
     if node is None:
-        return
+        return None
     holder = _Holder(chain, output)
     node.metadata[_KEY] = holder
     # Our own nodes release the chain themselves.
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         node.register_prehook(holder.release)
+    return holder
 
 
 def run_stage(
@@ -330,7 +373,7 @@ def run_stage(
     if chain is not None and chain.links[-1].stage.multiplies:
         chain = settle(chain)
     links = chain.links if chain is not None else ()
-    root = chain.root if chain is not None else x
+    root = chain.root if chain is not None else stand_in(x)
     if cotangent is None and chain is not None:
         cotangent = chain.cotangent
     passed = (*chain.passed, Watch(x)) if chain is not None else ()
@@ -352,7 +395,12 @@ def run_stage(
     function = _ChainFunction if torch.compiler.is_compiling() else _EagerChainFunction
     output = function.apply(x if is_linked else value, root, layout, *tensors)
     if not torch.compiler.is_compiling():
-        _attach(output, Chain(root, _with_exact_root(links, root), cotangent, output._version, passed))
+        origin = chain.origin if chain is not None else weakref.ref(x)
+        scope = current_scope()
+        kept = links if scope is None else _with_exact_root(links, value)
+        holder = _attach(output, Chain(root, kept, cotangent, output._version, passed, origin=origin))
+        if scope is not None and holder is not None and kept is not links:
+            scope.call_at_end(holder.settle)
     return output
 
 
@@ -362,8 +410,8 @@ def _rebuilds_for(before: Link, stage: AbstractStage) -> bool:
     return before.stage.rebuilds_output and (is_exact or stage.multiplies)
 
 
-def _with_exact_root(links: tuple[Link, ...], root: Tensor) -> tuple[Link, ...]:
-    """Return the links with the root itself as the record of an only stage that can compute its output again.
+def _with_exact_root(links: tuple[Link, ...], x: Tensor) -> tuple[Link, ...]:
+    """Return the links with the input itself as the record of an only stage that can compute its output again.
 
     Whoever keeps the output of the next linear layer may need it; otherwise the codes take its place.
     """
@@ -371,4 +419,4 @@ def _with_exact_root(links: tuple[Link, ...], root: Tensor) -> tuple[Link, ...]:
     if others or first.stage.stored is None or not isinstance(first.stage, AbstractNormStage):
         return links
     stage = dataclasses.replace(first.stage, stored=None)
-    return (Link(stage, first.parameters, (root.detach(),), encoded=first),)
+    return (Link(stage, first.parameters, (x,), encoded=first),)

@@ -82,14 +82,14 @@ class GatedStage(AbstractStage):
         inner = record[self.input_count :]
         if self.stored is None:
             slope_from_KD, up_KD = (rows.take_visibly(tensor) for tensor in inner)
-            return _OpenedGate(_ExactFactors(self.activation, slope_from_KD, up_KD), parameters, input_KI)
+            return _OpenedGate(_ExactFactors(self.activation, slope_from_KD, up_KD), parameters, rows, input_KI)
         half, weight = len(inner) // 2, parameters[0]
         if weight is None:
             raise RuntimeError("a gated stage has weights")
         features, dtype = weight.shape[0], weight.dtype
         codes = (tuple(inner[:half]), tuple(inner[half:]))
         activated_KD, by_slope_KD = (rows.decode(self.stored, code, features, dtype) for code in codes)
-        return _OpenedGate(_DecodedFactors(activated_KD, by_slope_KD), parameters, input_KI)
+        return _OpenedGate(_DecodedFactors(activated_KD, by_slope_KD), parameters, rows, input_KI)
 
 
 def _encode(codec: AbstractStrategy, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -136,9 +136,11 @@ class _OpenedGate(AbstractOpenedStage):
         self,
         factors: _ExactFactors | _DecodedFactors,
         parameters: tuple[Tensor | None, ...],
+        rows: KeptRows,
         input_KI: Rebuild | None,
     ) -> None:
         self._factors = factors
+        self._rows = rows
         self._weights = parameters[0], parameters[2]
         # Decoded once, for both weights.
         self._input_KI = None if input_KI is None else functools.cache(input_KI)
@@ -159,7 +161,7 @@ class _OpenedGate(AbstractOpenedStage):
                 raise RuntimeError("a gated stage has weights")
             grad_KD = grad_KD.to(weight_DI.dtype)
             has_input = wants_weight and self._input_KI is not None
-            gradients.append(grad_KD.mT @ self._input_KI().to(grad_KD.dtype) if has_input else None)  # type: ignore[misc]
+            gradients.append(self._rows.contract(grad_KD, self._input_KI()) if has_input else None)  # type: ignore[misc]
             gradients.append(grad_KD.sum(0) if wants_bias else None)
             if wants_input:
                 part_KI = grad_KD @ weight_DI

@@ -61,7 +61,7 @@ class LinearStage(AbstractStage):
         rebuild: Rebuild | None,
     ) -> AbstractOpenedStage:
         """Return the stage, with a way to its input."""
-        return _OpenedLinear(_present(parameters[0]), self.input_rows(record, parameters, rows, rebuild))
+        return _OpenedLinear(_present(parameters[0]), rows, self.input_rows(record, parameters, rows, rebuild))
 
     def input_rows(
         self,
@@ -80,8 +80,9 @@ class LinearStage(AbstractStage):
 
 
 class _OpenedLinear(AbstractOpenedStage):
-    def __init__(self, weight_OI: Tensor, input_KI: Rebuild | None) -> None:
+    def __init__(self, weight_OI: Tensor, rows: KeptRows, input_KI: Rebuild | None) -> None:
         self._weight_OI = weight_OI
+        self._rows = rows
         self._input_KI = input_KI
 
     def output(self) -> Tensor:
@@ -94,7 +95,7 @@ class _OpenedLinear(AbstractOpenedStage):
         grad_KO = grad_KO.to(self._weight_OI.dtype)
         grad_weight = None
         if wants_weight and self._input_KI is not None:
-            grad_weight = grad_KO.mT @ self._input_KI().to(grad_KO.dtype)
+            grad_weight = self._rows.contract(grad_KO, self._input_KI())
         grad_bias = grad_KO.sum(0) if wants_bias else None
         grad_input = grad_KO @ self._weight_OI if wants_input else None
         return grad_input, (grad_weight, grad_bias)

@@ -23,10 +23,19 @@ class KeptRows:
     Attributes:
         index_K: their indices, or None for all rows.
         count: N, how many rows there are.
+        watch: called with the two factors of each dW on the kept rows, or None.
     """
 
     index_K: Tensor | None
     count: int
+    watch: Callable[[Tensor, Tensor], None] | None = None
+
+    def contract(self, grad_KO: Tensor, stored_KI: Tensor) -> Tensor:
+        """Return ``G.T X``, summed over the kept rows."""
+        stored_KI = stored_KI.to(grad_KO.dtype)
+        if self.watch is not None:
+            self.watch(grad_KO, stored_KI)
+        return grad_KO.mT @ stored_KI
 
     def take(self, tensor_ND: Tensor) -> Tensor:
         """Return the kept rows of a tensor whose leading axes, flattened, are the rows; possibly a view."""

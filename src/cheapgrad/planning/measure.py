@@ -202,7 +202,45 @@ def measure_plan_noise(
     )
     factor = math.fsum(of_cotangent) / (math.fsum(plain) or 1.0)
     total, error = _join(of_cotangent, [value * factor for value in errors])
-    return PlanNoise(total + of_stored, math.hypot(error, 0.02 * of_stored), means)
+    if of_stored:
+        # Few draws of codes say much: their errors are many and small.
+        whole = _draw_whole_errors(step, observed, choices, skip_small, max(1, draws // len(observed)))
+        of_all = [factors.of(choice.layers) for choice in choices if choice.moment.value == "stored"]
+        weights = [means[position].total for position, choice in enumerate(choices) if choice.moment.value == "stored"]
+        carried = math.fsum(one * weight for one, weight in zip(of_all, weights, strict=True)) / of_stored
+        shares = (total * factor + of_stored * carried) / (total + of_stored)
+        joined = _join([total + of_stored], [value * shares for value in whole])
+        return PlanNoise(*joined, means)
+    return PlanNoise(total, error, means)
+
+
+def _draw_whole_errors(
+    step: Step, observed: Sequence[Observed], choices: Sequence[Choice], skip_small: bool, draws: int
+) -> list[float]:
+    """Return squared errors of gradients drawn with everything; none where dropout sees other random numbers then."""
+    strategies: dict[str, dict[str, Any]] = {}
+    for choice in choices:
+        for name in choice.layers:
+            strategies.setdefault(name, {})[choice.moment.value] = choice.strategy
+    rules = [Rule(_exactly(name), **found) for name, found in strategies.items()]
+    errors = []
+    for one in observed:
+        with step.undisturbed(), torch.no_grad():
+            exact_loss = step.loss(one.batch)
+        handle = approximate(step.model, rules, skip_small=skip_small)
+        seed = step.seed
+        try:
+            with step.undisturbed():
+                for draw in range(draws):
+                    step.seed = _DRAW_SEED + draw
+                    if not torch.isclose(step.loss(one.batch).detach(), exact_loss, rtol=1e-5):
+                        return []
+                    pairs = zip(step.gradient(one.batch)[0], one.capture.gradient, strict=True)
+                    errors.append(squared_norm([drawn - exact for drawn, exact in pairs]))
+        finally:
+            step.seed = seed
+            handle.revert()
+    return errors
 
 
 def _exactly(name: str) -> Callable[[str, nn.Module], bool]:
@@ -227,7 +265,7 @@ def _join(modelled: Sequence[float], errors: Sequence[float]) -> tuple[float, fl
     drawn = torch.tensor(errors, dtype=torch.float64)
     mean, error = float(drawn.mean()), float(drawn.std()) / math.sqrt(len(errors))
     # A few draws may show too small a spread.
-    error = max(error, 0.2 * mean / math.sqrt(len(errors)))
+    error = max(error, 0.1 * mean / math.sqrt(len(errors)))
     weights = 1 / max(model_error, 1e-300) ** 2, 1 / max(error, 1e-300) ** 2
     total = sum(weights)
     return (weights[0] * model + weights[1] * mean) / total, 1 / math.sqrt(total)

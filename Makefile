@@ -11,16 +11,17 @@ PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+EXPERIMENTS_ARGS ?=
 
 BIN := $(VENV)/bin
 SPELLED := src tests docs benchmarks README.md CONTRIBUTING.md CHANGELOG.md Makefile mkdocs.yml pyproject.toml
 
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test lint format bench experiments docs clean
 .DELETE_ON_ERROR:
 .PRECIOUS: $(VENV)/.installed-%
 
 help:  ## list what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed-demo  ## train a small ViT and an MLP exactly and cheaply; writes demo.json, demo.png and report.html
 	$(BIN)/cheapgrad demo $(DEMO_ARGS)
@@ -42,6 +43,9 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the house style
 
 bench: $(VENV)/.installed-dev  ## time layers and whole steps against exact ones
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+experiments: $(VENV)/.installed-dev  ## train small networks by every method; may be stopped and started again
+	$(BIN)/python -m benchmarks.experiments $(EXPERIMENTS_ARGS)
 
 docs: $(VENV)/.installed-docs  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

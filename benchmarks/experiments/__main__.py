@@ -1,0 +1,143 @@
+"""``python -m benchmarks.experiments``: train every method, keep a record of each run, write the pages of the docs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.experiments.datasets import load, load_digit_pixels
+from benchmarks.experiments.methods import list_methods
+from benchmarks.experiments.pages import write_pages
+from benchmarks.experiments.results import write_results
+from benchmarks.experiments.runner import find_missing, run_all
+from benchmarks.experiments.store import Store
+from benchmarks.experiments.tasks import Task, make_full_tasks, make_quick_tasks
+from benchmarks.experiments.trials import Trials
+
+_ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for.
+
+    Attributes:
+        data: paths of data; none for the quick mode on the bundled digits.
+        seeds: trainings of every method.
+        epochs: factor on the passes over the data, for less than everything.
+        threads: of torch, for every run.
+        tasks: a piece of the names of the tasks that are wanted.
+        methods: patterns of the labels that are wanted.
+    """
+
+    data: tuple[Path, ...] = ()
+    seeds: int = 5
+    epochs: float = 1.0
+    threads: int = 1
+    tasks: str = ""
+    methods: tuple[str, ...] = ("*",)
+
+
+def make_trials(settings: Settings) -> Trials:
+    """Return the experiment that was asked for: the quick one without data, the full one with them."""
+    if settings.data:
+        tasks = tuple(task for path in settings.data for task in make_full_tasks(load(path)))
+        methods = list_methods()
+    else:
+        tasks = make_quick_tasks(load(None), load_digit_pixels())
+        methods = tuple(method for method in list_methods() if method.is_quick)
+    chosen = tuple(_scale(task, settings.epochs) for task in tasks if settings.tasks in task.name)
+    return Trials(
+        tasks=chosen,
+        methods=methods,
+        seeds=tuple(range(settings.seeds)),
+        threads=settings.threads,
+        tuned_everywhere=bool(settings.data),
+        wanted=settings.methods,
+    )
+
+
+def _scale(task: Task, factor: float) -> Task:
+    return replace(task, steps=max(1, round(task.steps * factor)) if task.steps else 0)
+
+
+def main() -> int:
+    """Do what was asked for and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description=__doc__)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        action="append",
+        default=[],
+        help="an .npz, an image folder or a zip of one, or a text; several times for several (default: the quick mode)",
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="trainings of every method (default: 5)")
+    parser.add_argument("--epochs", type=float, default=1.0, help="factor on the passes over the data (default: 1)")
+    parser.add_argument("--tasks", default="", help="only tasks whose name has this in it")
+    parser.add_argument("--methods", action="append", help="only methods whose label matches this pattern; repeatable")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
+    parser.add_argument("--out", type=Path, default=Path("experiments"), help="where the runs' records are kept")
+    parser.add_argument("--list", action="store_true", help="say what is done and what is missing, and run nothing")
+    parser.add_argument(
+        "--docs",
+        action="store_true",
+        help="write results and the pages of the documentation from the records; run nothing",
+    )
+    arguments = parser.parse_args()
+    settings = Settings(
+        tuple(arguments.data),
+        arguments.seeds,
+        arguments.epochs,
+        arguments.threads,
+        arguments.tasks,
+        tuple(arguments.methods or ["*"]),
+    )
+    console = Console()
+    make = partial(make_trials, settings)
+    if arguments.docs:
+        _write_docs(make(), Store(arguments.out), console)
+        return 0
+    if arguments.list:
+        _list(make(), Store(arguments.out), console)
+        return 0
+    errors = run_all(make, arguments.out, arguments.workers, console)
+    for error in errors:
+        console.print(error, highlight=False)
+    lines = Store(arguments.out).export(arguments.out / "records.jsonl")
+    console.print(f"{lines} records in {arguments.out / 'records.jsonl'}", highlight=False)
+    return 1 if errors else 0
+
+
+def _list(trials: Trials, store: Store, console: Console) -> None:
+    missing, declared = find_missing(trials, store)
+    console.print(f"{declared - len(missing)} of {declared} runs that are known to be wanted have a record")
+    table = Table("method", "published", "state", title_justify="left")
+    wanted = trials.list_wanted()
+    for method in trials.methods:
+        state = method.why_unavailable() or ("" if method in wanted else "not asked for")
+        table.add_row(method.label, method.published, state or "wanted")
+    console.print(table)
+
+
+def _write_docs(trials: Trials, store: Store, console: Console) -> None:
+    # As it is typed, without the places where data and records lie on this machine.
+    words = ["python -m benchmarks.experiments", *(f"--data {task.dataset.name}" for task in trials.tasks[:1])]
+    command = words[0] if trials.tasks[0].dataset.kind.startswith("digit") else " ".join(words)
+    RESULTS.mkdir(exist_ok=True)
+    for path in write_results(trials, store, command, RESULTS):
+        console.print(path.name, highlight=False)
+    for name in write_pages(RESULTS, _ROOT / "docs"):
+        console.print(name, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

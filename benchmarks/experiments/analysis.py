@@ -1,0 +1,162 @@
+"""What follows from the records of a task: shares of time and bytes, paired differences, steps to a target."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.experiments.results import Row, TaskResults
+from benchmarks.experiments.statistics import Comparison, compare_paired, correct_for_many, summarise
+from cheapgrad.planning import tradeoff
+
+# The target: the loss on validation data that exact training reaches after this share of its steps.
+TARGET_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Steps to the target loss.
+
+    Attributes:
+        steps_ratio: steps of the method, divided by those of the exact training of the same seed: mean over the seeds.
+        reached: seeds on which the method reached it.
+        seeds: seeds that were compared.
+        predicted: ratio by the bound, at the measured omega and the mini-batch noise of exact training.
+        noise_dominated: ratio where noise decides, ``1 + ω``.
+    """
+
+    steps_ratio: float | None
+    reached: int
+    seeds: int
+    predicted: float | None
+    noise_dominated: float | None
+
+
+def metric_of(results: TaskResults) -> str:
+    """Return the figure that counts."""
+    return "test_loss" if results.is_text else "test_accuracy"
+
+
+def compare_rows(results: TaskResults, row: Row, other: Row) -> Comparison | None:
+    """Return row − other in the figure that counts, paired by seed; accuracies in points. None without common seeds."""
+    name = metric_of(results)
+    scale = 1.0 if results.is_text else 100.0
+    first = {seed: scale * value for seed, value in row.collect(name).items()}
+    second = {seed: scale * value for seed, value in other.collect(name).items()}
+    return compare_paired(first, second) if set(first) & set(second) else None
+
+
+def compare_all(results: TaskResults) -> dict[tuple[str, bool], tuple[Comparison, float]]:
+    """Return for every method its difference to exact training, and Holm's p-value over all methods of the task."""
+    found = {
+        (row.label, row.is_tuned): comparison
+        for row in results.rows
+        if row is not results.exact and (comparison := compare_rows(results, row, results.exact)) is not None
+    }
+    adjusted = correct_for_many({repr(key): comparison.p_value for key, comparison in found.items()})
+    return {key: (comparison, adjusted[repr(key)]) for key, comparison in found.items()}
+
+
+def time_share(results: TaskResults, row: Row) -> float | None:
+    """Return the time of the whole training, divided by that of exact training.
+
+    By the measured step time where the step is the usual one; where batch or number of steps differ, by processor
+    seconds of the runs themselves, paired by seed.
+    """
+    if row.costs is not None:
+        return row.costs["ratio"]
+    ours, exact = row.collect("training_cpu_seconds"), results.exact.collect("training_cpu_seconds")
+    seeds = set(ours) & set(exact)
+    return summarise([ours[seed] / exact[seed] for seed in sorted(seeds)])[0] if seeds else None
+
+
+def bytes_share(results: TaskResults, row: Row) -> float | None:
+    """Return bytes held for backward, divided by those of exact training on the usual batch."""
+    ours, exact = row.collect("held_bytes"), results.exact.collect("held_bytes")
+    seeds = set(ours) & set(exact)
+    return summarise([ours[seed] / exact[seed] for seed in sorted(seeds)])[0] if seeds else None
+
+
+def find_rivals(results: TaskResults, row: Row) -> list[Row]:
+    """Return the exact methods that were made equal to this one, those with the learning rate of the same pass."""
+    return [
+        rival
+        for rival in results.rows
+        if rival.match_label == row.label
+        and rival.runs
+        and rival.is_tuned == row.is_tuned
+        and "larger" not in rival.match_by
+    ]
+
+
+def measure_reach(results: TaskResults, row: Row) -> Reach:
+    """Return how many more steps a method needed to the target, and how many were predicted."""
+    target = _find_target(results.exact)
+    ratios: list[float] = []
+    seeds = sorted(set(row.runs) & set(results.exact.runs))
+    for seed in seeds:
+        exact = steps_to(results.exact.runs[seed]["result"]["curve"], target)
+        ours = steps_to(row.runs[seed]["result"]["curve"], target)
+        if exact is not None and ours is not None:
+            ratios.append(ours / exact)
+    omegas = row.omegas
+    omega = summarise(omegas)[0] if omegas else None
+    return Reach(
+        # Only where all have reached it: the mean over those that did would flatter.
+        steps_ratio=summarise(ratios)[0] if ratios and len(ratios) == len(seeds) else None,
+        reached=len(ratios),
+        seeds=len(seeds),
+        predicted=None if omega is None else _predict(results.exact, omega),
+        noise_dominated=None if omega is None else 1 + omega,
+    )
+
+
+def _find_target(exact: Row) -> float:
+    losses = []
+    for record in exact.runs.values():
+        curve = record["result"]["curve"]
+        losses.append(_interpolate(curve, TARGET_SHARE * curve[-1]["step"]))
+    return summarise(losses)[0] if losses else math.nan
+
+
+def _interpolate(curve: Sequence[dict[str, Any]], step: float) -> float:
+    for first, second in itertools.pairwise(curve):
+        if step <= second["step"]:
+            share = max(0.0, (step - first["step"]) / (second["step"] - first["step"]))
+            return (1 - share) * first["validation_loss"] + share * second["validation_loss"]
+    return curve[-1]["validation_loss"]
+
+
+def steps_to(curve: Sequence[dict[str, Any]], target: float) -> float | None:
+    """Return the step at which the loss on validation data first comes down to the target, or None.
+
+    Between points of the curve the loss is taken as straight; before the first point nothing is known, and its step is
+    returned where it is below the target already.
+
+    >>> points = [{"step": 10, "validation_loss": 2.0}, {"step": 20, "validation_loss": 1.0}]
+    >>> steps_to(points, 1.5), steps_to(points, 0.5)
+    (15.0, None)
+    """
+    known = [point for point in curve if point["validation_loss"] is not None]
+    if known and known[0]["validation_loss"] <= target:
+        return float(known[0]["step"])
+    for first, second in itertools.pairwise(known):
+        if second["validation_loss"] <= target:
+            drop = first["validation_loss"] - second["validation_loss"]
+            share = (first["validation_loss"] - target) / drop
+            return first["step"] + share * (second["step"] - first["step"])
+    return None
+
+
+def _predict(exact: Row, omega: float) -> float | None:
+    """Return the ratio of the bound; variance and squared norm of the gradient are means over exact training."""
+    points = [point for record in exact.runs.values() for point in record["result"]["noise"]]
+    signals = [point["squared_gradient"] for point in points if (point["squared_gradient"] or 0) > 0]
+    variances = [point["mini_batch_variance"] for point in points if point["mini_batch_variance"]]
+    if not signals or not variances:
+        return None
+    ratio = summarise(variances)[0] / summarise(signals)[0]
+    return tradeoff(1.0, omega, noise_to_target=ratio).steps_ratio

@@ -1,0 +1,326 @@
+"""The ways of training that experiments compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+import cheapgrad
+from benchmarks.experiments.biased import LargestWithoutWeights
+from cheapgrad import recipes
+from cheapgrad.sketch import (
+    ColumnSample,
+    ElementMask,
+    ExampleSample,
+    FeatureSample,
+    Gaussian,
+    Hadamard,
+    LowRank,
+    Poisson,
+    PredictedNorm,
+    RowProjection,
+    RowSample,
+    StochasticRounding,
+    Uniform,
+    WinnerTakeAll,
+    WithReplacement,
+)
+
+KEEPS = (0.5, 0.3, 0.1)
+PLANNED_FLOPS = (0.8, 0.6, 0.45)
+CONTROLLED_NOISE = 0.05
+# Where the refreshed basis of rank-constrained sketches is found anew.
+_REFRESH_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Match:
+    """What an exact method is made equal to.
+
+    Attributes:
+        label: of the method it is compared with.
+        by: ``"time, batch"``, ``"time, steps"``, ``"bytes, batch"``, ``"bytes, parts"`` or ``"bytes, larger batch"``.
+    """
+
+    label: str
+    by: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of training.
+
+    Attributes:
+        label: what tables call it; methods of a family differ by a budget.
+        family: methods whose costs are measured together.
+        rules: what `cheapgrad.approximate` is given.
+        make_rules: makes rules that depend on the model, such as ranks.
+        planned_flops: budget of the backward pass for `cheapgrad.plan`, as a share.
+        controlled_noise: target of `cheapgrad.Controller`.
+        checkpoints: whether every block is checkpointed.
+        memory_budget: share for the compiler's activation memory budget; None does not compile.
+        match: what an exact method is made equal to, if anything.
+        published: the published method that it corresponds to, and how it differs.
+        budget: what is kept, as a share; None where that has no meaning.
+        is_biased: whether its gradient is wrong on average.
+        is_quick: whether the quick mode has it.
+        is_tuned: whether the quick mode chooses a learning rate of its own for it (the full mode does so for all).
+    """
+
+    label: str
+    family: str
+    rules: tuple[cheapgrad.Rule, ...] = ()
+    make_rules: Callable[[nn.Module], tuple[cheapgrad.Rule, ...]] | None = field(default=None, compare=False)
+    planned_flops: float | None = None
+    controlled_noise: float | None = None
+    checkpoints: bool = False
+    memory_budget: float | None = None
+    match: Match | None = None
+    published: str = ""
+    budget: float | None = None
+    is_biased: bool = False
+    is_quick: bool = False
+    is_tuned: bool = False
+
+    @property
+    def words(self) -> str:
+        """What it does, in words that tell any two apart; batch size and number of steps are not in it."""
+        if self.rules:
+            return " ".join(map(repr, self.rules)) + (f" controlled {self.controlled_noise}" * bool(self.is_controlled))
+        if self.make_rules is not None:
+            return self.label
+        if self.planned_flops is not None:
+            return f"plan(flops={self.planned_flops})"
+        if self.checkpoints:
+            return "checkpoint each block"
+        return "exact" if self.memory_budget is None else f"compiled, budget {self.memory_budget}"
+
+    @property
+    def is_controlled(self) -> bool:
+        """Whether a controller keeps its noise."""
+        return self.controlled_noise is not None
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether sketches are drawn."""
+        return bool(self.rules) or self.make_rules is not None or self.planned_flops is not None
+
+    def why_unavailable(self) -> str:
+        """Return why this installation cannot run it, or an empty text."""
+        if self.is_controlled and not hasattr(cheapgrad, "Controller"):
+            return "cheapgrad.Controller is not in this version"
+        if self.planned_flops is not None and not hasattr(cheapgrad, "plan"):
+            return "cheapgrad.plan is not in this version"
+        return ""
+
+
+EXACT = Method("exact", "exact", is_quick=True)
+
+
+def list_methods() -> tuple[Method, ...]:
+    """Return everything that is compared, the exact method first."""
+    return (EXACT, *_recipes(), *_strategies(), *_published(), *_budgeted(), *_fair_baselines(), *_biased())
+
+
+def _cotangent(strategy: cheapgrad.sketch.AbstractStrategy) -> tuple[cheapgrad.Rule, ...]:
+    return (cheapgrad.Rule("*", cotangent=strategy),)
+
+
+def _stored(strategy: cheapgrad.sketch.AbstractStrategy) -> tuple[cheapgrad.Rule, ...]:
+    return (cheapgrad.Rule("*", stored=strategy),)
+
+
+def _recipes() -> list[Method]:
+    speed = [
+        Method(f"recipes.speed({keep})", "speed", recipes.speed(keep), is_quick=True, is_tuned=keep == 0.3, budget=keep)
+        for keep in KEEPS
+    ]
+    memory = [
+        Method("recipes.memory(4)", "memory", recipes.memory(4), is_quick=True),
+        Method("recipes.memory(2)", "memory", recipes.memory(2)),
+    ]
+    both = [
+        Method(f"recipes.both(4, {keep})", "both", recipes.both(4, keep), budget=keep, is_quick=keep == 0.3)
+        for keep in KEEPS
+    ]
+    return [*speed, *memory, *both]
+
+
+def _strategies() -> list[Method]:
+    methods = []
+    for keep in KEEPS:
+        methods += [
+            Method(f"cotangent examples {keep}", "cotangent examples", _cotangent(ExampleSample(keep)), budget=keep),
+            Method(f"cotangent entries {keep}", "cotangent entries", _cotangent(ElementMask(keep)), budget=keep),
+            Method(f"stored rows {keep}", "stored rows", _stored(RowSample(keep)), budget=keep),
+            Method(f"stored features {keep}", "stored features", _stored(FeatureSample(keep)), budget=keep),
+        ]
+    return methods
+
+
+def _published() -> list[Method]:
+    methods = []
+    for keep in KEEPS:
+        rows_uniform = _cotangent(RowSample(keep, scores=Uniform()))
+        methods += [
+            Method(
+                f"uniform masks, rows {keep}",
+                "uniform rows",
+                rows_uniform,
+                budget=keep,
+                published="uniform masks (arXiv:2602.14701), on our axis: rows; fixed size",
+                is_quick=keep == 0.3,
+                is_tuned=keep == 0.3,
+            ),
+            Method(
+                f"uniform masks, columns {keep}",
+                "uniform columns",
+                _cotangent(ColumnSample(keep, scores=Uniform())),
+                budget=keep,
+                published="uniform masks (arXiv:2602.14701), columns; fixed size",
+            ),
+            Method(
+                f"cotangent columns {keep} (data-dependent diagonal)",
+                "data-dependent diagonal",
+                _cotangent(ColumnSample(keep)),
+                budget=keep,
+                published="data-dependent diagonal sketches (arXiv:2602.14701; its scores are not known to us)",
+            ),
+            Method(
+                f"rank-constrained {keep}",
+                "rank-constrained",
+                make_rules=lambda model, keep=keep: _rank_rules(model, keep),
+                budget=keep,
+                published="rank-constrained sketches (arXiv:2602.14701, 2505.09647); basis renewed every 10 steps",
+            ),
+            Method(
+                f"Gaussian row projection {keep}",
+                "row projection",
+                _stored(RowProjection(keep, Gaussian())),
+                budget=keep,
+                published="randomized matrix multiplication, Gaussian (arXiv:2201.13195)",
+            ),
+            Method(
+                f"Hadamard row projection {keep}",
+                "row projection",
+                _stored(RowProjection(keep, Hadamard())),
+                budget=keep,
+                published="randomized matrix multiplication, DCT (arXiv:2201.13195), with Hadamard for the cosines",
+            ),
+            Method(
+                f"column-row sampling {keep}",
+                "column-row sampling",
+                _stored(RowSample(keep, design=WithReplacement())),
+                budget=keep,
+                published="column-row sampling (SIAM J. Comput. 36, 2006), at forward time: blind to the cotangent",
+                is_quick=keep == 0.3,
+            ),
+            Method(
+                f"winner-take-all {keep}",
+                "winner-take-all",
+                _stored(RowSample(keep, scores=PredictedNorm(), design=WinnerTakeAll())),
+                budget=keep,
+                published="WTA-CRS (arXiv:2305.15265), norms remembered by position, every branch weighted",
+            ),
+            Method(
+                f"variance-controlled sampling's unit {keep}",
+                "whole examples, Poisson",
+                _cotangent(ExampleSample(keep, design=Poisson())),
+                budget=keep,
+                published="SampleA of variance-controlled sampling (arXiv:2402.17227), its share fixed",
+            ),
+            Method(
+                f"per-example feature sampling {keep}",
+                "per-example features",
+                _stored(FeatureSample(keep, rows_per_mask=1)),
+                budget=keep,
+                published="randomized automatic differentiation, one mask for each row (arXiv:2007.10412)",
+            ),
+        ]
+    rounding = Method(
+        "stored 2 bits, linear layers alone",
+        "stored bits",
+        (cheapgrad.Rule(nn.Linear, stored=StochasticRounding(2)),),
+        published="activation compressed training (arXiv:2104.14129), 2 bits, linear layers",
+    )
+    return [*methods, rounding]
+
+
+def _rank_rules(model: nn.Module, keep: float) -> tuple[cheapgrad.Rule, ...]:
+    """Return a rule for each linear layer, its rank a share of the smaller side."""
+    rules = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and min(module.in_features, module.out_features) >= 32:
+            rank = max(2, round(keep * min(module.in_features, module.out_features)))
+            rules.append(cheapgrad.Rule(name, cotangent=LowRank(rank, refresh=_REFRESH_STEPS)))
+    return tuple(rules)
+
+
+def _budgeted() -> list[Method]:
+    planned = [
+        Method(f"plan(flops={share})", f"plan {share}", planned_flops=share, is_quick=share == 0.6)
+        for share in PLANNED_FLOPS
+    ]
+    controlled = Method(
+        f"Controller(noise={CONTROLLED_NOISE})",
+        "controller",
+        recipes.speed(0.5),
+        controlled_noise=CONTROLLED_NOISE,
+        is_quick=True,
+    )
+    return [*planned, controlled]
+
+
+def _fair_baselines() -> list[Method]:
+    matched = []
+    for keep in KEEPS:
+        label = f"recipes.speed({keep})"
+        by_batch, by_steps = Match(label, "time, batch"), Match(label, "time, steps")
+        matched += [
+            Method(f"smaller batch, time of {label}", "batch", match=by_batch, is_quick=True, is_tuned=keep == 0.3),
+            Method(f"fewer steps, time of {label}", "steps", match=by_steps, is_quick=keep == 0.3),
+        ]
+    memory = "recipes.memory(4)"
+    return [
+        *matched,
+        Method(f"smaller batch, bytes of {memory}", "batch", match=Match(memory, "bytes, batch"), is_quick=True),
+        Method(f"micro-batches, bytes of {memory}", "parts", match=Match(memory, "bytes, parts")),
+        Method(
+            f"{memory}, larger batch, bytes of exact",
+            "larger batch",
+            recipes.memory(4),
+            match=Match(memory, "bytes, larger batch"),
+            is_quick=True,
+        ),
+        Method("checkpoint each block", "checkpoints", checkpoints=True, is_quick=True),
+        Method("compiled", "compiled", memory_budget=1.0),
+        Method("compiled, activation memory budget 0.5", "compiled", memory_budget=0.5),
+        Method("compiled, activation memory budget 0.25", "compiled", memory_budget=0.25),
+    ]
+
+
+def _biased() -> list[Method]:
+    design = LargestWithoutWeights()
+    return [
+        Method(
+            f"largest columns without weights {keep} (biased)",
+            "biased columns",
+            _cotangent(ColumnSample(keep, design=design)),
+            budget=keep,
+            published="meProp, unified (ICML 2017)",
+            is_biased=True,
+        )
+        for keep in KEEPS
+    ] + [
+        Method(
+            f"largest rows without weights {keep} (biased)",
+            "biased rows",
+            _cotangent(RowSample(keep, design=design)),
+            budget=keep,
+            is_biased=True,
+            is_quick=keep == 0.3,
+        )
+        for keep in KEEPS
+    ]

@@ -1,0 +1,227 @@
+"""What was found on one task, read from its records: the only source of the figures in the documentation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiments.declaration import identify
+from benchmarks.experiments.methods import EXACT, Method
+from benchmarks.experiments.runner import Finds
+from benchmarks.experiments.store import Lines, Record
+from benchmarks.experiments.tasks import Task
+from benchmarks.experiments.trials import Trials
+from cheapgrad.files import write_whole
+
+_KIND = "cheapgrad.experiment.task"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a task.
+
+    Attributes:
+        label: what tables call it.
+        family: methods that differ by a budget.
+        budget: what is kept, as a share; None where that has no meaning.
+        published: the published method that it corresponds to.
+        is_biased: whether its gradient is wrong on average.
+        is_tuned: whether the learning rate was chosen for it; otherwise it is the exact method's.
+        match_label: the method that it is made equal to, or an empty text.
+        match_by: in what.
+        unavailable: why it was not run, or an empty text.
+        costs: of a step on the usual batch, divided by those of the exact step; None where not measured.
+        runs: record of each seed.
+    """
+
+    label: str
+    family: str
+    budget: float | None
+    published: str
+    is_biased: bool
+    is_tuned: bool
+    match_label: str
+    match_by: str
+    unavailable: str
+    costs: dict[str, Any] | None
+    runs: dict[int, Record]
+
+    def collect(self, name: str) -> dict[int, float]:
+        """Return a figure of the result for each seed that has it."""
+        values = {seed: record["result"].get(name) for seed, record in self.runs.items()}
+        return {seed: float(value) for seed, value in values.items() if value is not None}
+
+    @property
+    def omegas(self) -> list[float]:
+        """Added variance at every point where it was measured, all seeds together."""
+        points = [point for record in self.runs.values() for point in record["result"]["noise"]]
+        return [point["omega"] for point in points if point["omega"] is not None]
+
+    @property
+    def declaration(self) -> dict[str, Any]:
+        """What the runs have in common; empty without runs."""
+        return next(iter(self.runs.values()))["declaration"] if self.runs else {}
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """All that was found on a task.
+
+    Attributes:
+        task: its name.
+        network: the network in words.
+        data: name, sizes and checksum of the data.
+        is_text: whether the loss is the figure that counts, and not the share of right classes.
+        command: what makes the runs that are missing.
+        rows: the exact method first.
+        environment: hardware, versions and commit of the first run.
+    """
+
+    task: str
+    network: str
+    data: str
+    is_text: bool
+    command: str
+    rows: tuple[Row, ...]
+    environment: dict[str, Any]
+
+    @property
+    def slug(self) -> str:
+        """The task's name for files and anchors."""
+        return make_slug(self.task)
+
+    @property
+    def exact(self) -> Row:
+        """The row of the exact method."""
+        return next(row for row in self.rows if row.label == EXACT.label)
+
+    def find_row(self, label: str, *, is_tuned: bool = False) -> Row | None:
+        """Return the row of a method, or None."""
+        return next((row for row in self.rows if row.label == label and row.is_tuned == is_tuned), None)
+
+
+def make_slug(name: str) -> str:
+    """Return a name for files.
+
+    >>> make_slug("ViT on cifar10")
+    'vit_on_cifar10'
+    """
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def write_results(trials: Trials, records: Finds, command: str, directory: Path) -> list[Path]:
+    """Write one file of JSON lines for each task: what was asked for, and the records that answer it.
+
+    Args:
+        trials: the experiment.
+        records: what was run.
+        command: what makes the runs that are missing.
+        directory: where the files go.
+    """
+    paths = []
+    for task in trials.tasks:
+        rows, used = _list_rows(trials, task, records)
+        head = {
+            "kind": _KIND,
+            "version": 1,
+            "task": task.name,
+            "network": task.network,
+            "data": task.data,
+            "is_text": task.dataset.is_text,
+            "command": command,
+            "rows": rows,
+        }
+        lines = [json.dumps(head), *(json.dumps(used[identity]) for identity in sorted(used))]
+        paths.append(directory / f"{make_slug(task.name)}.jsonl")
+        write_whole(paths[-1], ("\n".join(lines) + "\n").encode())
+    return paths
+
+
+def _list_rows(trials: Trials, task: Task, records: Finds) -> tuple[list[dict[str, Any]], dict[str, Record]]:
+    used: dict[str, Record] = {}
+    for run in trials.list_cost_runs(task):
+        record = records.find(identify(run))
+        if record is not None:
+            used[record["id"]] = record
+    runs: dict[tuple[str, bool], dict[int, str]] = {}
+    for trial in trials.list_trials(records):
+        if trial.task is not task:
+            continue
+        identity = identify(trial.run)
+        record = records.find(identity)
+        if record is not None:
+            used[identity] = record
+            runs.setdefault((trial.method.label, trial.is_tuned), {})[trial.run.seed] = identity
+    rows = []
+    for method in trials.methods:
+        passes = [is_tuned for is_tuned in (False, True) if (method.label, is_tuned) in runs] or [False]
+        for is_tuned in passes:
+            rows.append(_describe_row(trials, task, method, records, is_tuned, runs.get((method.label, is_tuned), {})))
+    return rows, used
+
+
+def _describe_row(
+    trials: Trials, task: Task, method: Method, records: Finds, is_tuned: bool, runs: dict[int, str]
+) -> dict[str, Any]:
+    costs = trials.find_costs(task, method, records)
+    unavailable = method.why_unavailable() or (costs or {}).get("error", "")
+    return {
+        "label": method.label,
+        "family": method.family,
+        "budget": method.budget,
+        "published": method.published,
+        "is_biased": method.is_biased,
+        "is_tuned": is_tuned,
+        "match_label": method.match.label if method.match else "",
+        "match_by": method.match.by if method.match else "",
+        "unavailable": unavailable,
+        "words": method.words,
+        "runs": runs,
+    }
+
+
+def read_results(directory: Path) -> list[TaskResults]:
+    """Return what all files of a directory say, sorted by name of the file."""
+    return [_read_task(path) for path in sorted(directory.glob("*.jsonl"))]
+
+
+def _read_task(path: Path) -> TaskResults:
+    with path.open(encoding="utf-8") as stream:
+        head = json.loads(stream.readline())
+    records = Lines(path)
+    costs = _merge_costs(record for record in records if record["declaration"]["kind"] == "costs")
+    rows = tuple(_read_row(row, costs, records) for row in head["rows"])
+    environment = next((record["environment"] for row in rows for record in row.runs.values()), {})
+    return TaskResults(head["task"], head["network"], head["data"], head["is_text"], head["command"], rows, environment)
+
+
+def _merge_costs(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
+    """Return costs by words, bytes as shares of the exact step of the same measurement."""
+    merged: dict[str, dict[str, Any]] = {}
+    for record in records:
+        methods = record["result"]["methods"]
+        exact = methods[EXACT.words]
+        for words, costs in methods.items():
+            if "error" in costs:
+                continue
+            shares = {
+                f"{name}_share": costs[f"{name}_bytes"] / exact[f"{name}_bytes"] if costs[f"{name}_bytes"] else None
+                for name in ("held", "peak")
+            }
+            merged.setdefault(words, {**costs, **shares})
+    return merged
+
+
+def _read_row(row: dict[str, Any], costs: dict[str, dict[str, Any]], records: Lines) -> Row:
+    found = {int(seed): records.find(identity) for seed, identity in row["runs"].items()}
+    runs = {seed: record for seed, record in sorted(found.items()) if record is not None}
+    is_usual = not row["match_label"]
+    return Row(
+        **{name: value for name, value in row.items() if name not in {"words", "runs"}},
+        costs=costs.get(row["words"]) if is_usual else None,
+        runs=runs,
+    )

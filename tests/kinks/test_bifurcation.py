@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 
-from cheapgrad.errors import BudgetError, ForwardResultError, TrialError
+from cheapgrad.errors import ArgumentError, BudgetError, ConventionError, ForwardResultError, TrialError
 from cheapgrad.kinks import Bifurcation, Conventions, Ties, bifurcation
 from cheapgrad.kinks._binomial import clopper_pearson
 
@@ -156,7 +156,52 @@ def test_loss_that_is_no_scalar_is_refused(result, match):
 
 def test_unused_parameter_has_gradient_zero():
     unused = torch.ones(2, requires_grad=True)
-    assert bifurcation(_kink_every_fourth, [unused, WEIGHT], trials=4).differing == 1
+    found = bifurcation(_kink_every_fourth, [unused, WEIGHT], trials=4)
+    assert (found.differing, found.unused) == (1, (0,))
+    assert Bifurcation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_loss_that_uses_no_parameter_is_refused():
+    unused = torch.ones(2, requires_grad=True)
+    with pytest.raises(ForwardResultError, match=r"depended on none of the 1 parameter\(s\) in any of 4 trial"):
+        bifurcation(_kink_every_fourth, unused, trials=4)
+
+
+def test_parameters_may_be_one_tensor_or_a_generator():
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU()).requires_grad_(False)
+    model[0].weight.zero_().requires_grad_()
+    model[0].bias.zero_().requires_grad_()
+
+    def loss(trial):
+        return model(torch.ones(1, 3)).sum()
+
+    for parameters in (model[0].weight, [model[0].weight], model.parameters(), tuple(model.parameters())):
+        assert bifurcation(loss, parameters, trials=3).differing == 3
+
+
+@pytest.mark.parametrize(
+    ("parameters", "match"),
+    [
+        ([], "at least one tensor, but got none"),
+        (nn.Linear(2, 2), r"got the module Linear; pass list\(model.parameters\(\)\)"),
+        ({"weight": WEIGHT}, r"got a dict; .* of a dictionary its list\(values\(\)\)"),
+        (3.0, "got a float"),
+        ([WEIGHT, "bias"], "number 1 is of type str"),
+        ([torch.ones(2)], r"parameter 0, of shape \(2,\), does not require a gradient"),
+    ],
+)
+def test_parameters_that_are_none_are_refused(parameters, match):
+    with pytest.raises(ArgumentError, match=match):
+        bifurcation(_kink_every_fourth, parameters, trials=2)
+
+
+def test_loss_and_conventions_of_another_kind_are_refused():
+    with pytest.raises(ArgumentError, match="but got Tensor"):
+        bifurcation(WEIGHT.sum(), [WEIGHT], trials=2)
+    with pytest.raises(ConventionError, match="two conventions are needed, but got 1 of them"):
+        bifurcation(_kink_every_fourth, [WEIGHT], trials=2, conventions=(Conventions(),))
+    with pytest.raises(ConventionError, match=r"but got 1\.0"):
+        bifurcation(_kink_every_fourth, [WEIGHT], trials=2, conventions=(Conventions(), 1.0))
 
 
 def test_record_is_json_and_comes_back():

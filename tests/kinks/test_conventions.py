@@ -143,6 +143,20 @@ def test_bad_conventions_are_refused(arguments, match):
         Conventions(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("conventions", "match"),
+    [
+        (3, "but got 3; write e.g. kinks.Conventions"),
+        ({"relu": 1.0}, r"but got \{'relu': 1.0\}"),
+        (Conventions, "but got the class Conventions itself"),
+    ],
+)
+def test_what_is_no_convention_is_refused_before_anything_runs(conventions, match):
+    with pytest.raises(ConventionError, match=match), apply_conventions(conventions):
+        raise AssertionError("ran")
+    assert _get_current_function_mode_stack() == []
+
+
 def test_drop_ins_keep_their_own_convention_inside_the_context():
     x = torch.zeros(1, requires_grad=True)
     with apply_conventions(Conventions(relu=1.0)):

@@ -118,6 +118,10 @@ CASES = {
     "max over an axis, as in NumPy": (lambda x: torch.max(x, axis=1, keepdims=True).values, TIED),
     "min over an axis, kept": (lambda x: torch.min(x, 0, keepdim=True)[0], TIED),
     "max by its index": (lambda x: x.gather(1, x.max(1, keepdim=True).indices), TIED),
+    "argmax": (lambda x: x.flatten()[x.argmax()], TIED),
+    "argmax by its value": (lambda x: x.flatten()[torch.argmax(x).item()], TIED),
+    "argmax over an axis": (lambda x: x.gather(1, x.argmax(1, keepdim=True)), TIED),
+    "argmin, kept": (lambda x: x.gather(0, torch.argmin(x, dim=0, keepdim=True)), TIED),
     "amax": (lambda x: torch.amax(x.view(2, 3, 1), dim=(0, 2)), TIED),
     "amin, kept": (lambda x: x.amin(-1, keepdim=True), TIED),
     "max_pool1d": (lambda x: functional.max_pool1d(x.view(1, 24), 4, 3, 1), PICTURE),
@@ -265,6 +269,30 @@ def test_operation_that_cannot_be_checked_is_named():
     assert found.not_checked == ("cummax",)
 
 
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (lambda x: x.sum() if x.sum().item() > 0 else -x.sum(), ("item",)),
+        (lambda x: x.sum() if float(x.sum().detach()) > 0 else -x.sum(), ("detach",)),
+        (lambda x: x[x.detach().argmax()], ("detach",)),
+        (lambda x: x.sum() * (1 if x.sum() else 2), ("bool",)),
+        (lambda x: x[x.sum().long()] * x.sum().tolist(), ("long", "tolist")),
+        # What looks at no entry, or whose entries are decided, is no reservation.
+        (lambda x: x.sum() * x.size(0) * torch.zeros_like(x, dtype=torch.int64).sum() + x[(x > 0).sum()], ()),
+    ],
+)
+def test_choice_that_no_rule_sees_is_named(function, names):
+    assert directional_gradient(function, torch.zeros(3), torch.tensor([-2.0, -1.0, 0.0])).not_checked == names
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_point_that_is_not_finite_is_refused(bad):
+    with pytest.raises(DirectionError, match="tensor 0 of the point has 1 entries that are not finite"):
+        directional_gradient(lambda x: x.sum(), torch.tensor([1.0, bad]), torch.ones(2))
+    with pytest.raises(ForwardResultError, match="the function returned inf at the point"):
+        directional_gradient(lambda x: x.exp().sum(), torch.tensor([1.0, 100.0]), torch.ones(2))
+
+
 def test_gradient_that_is_not_finite_is_refused():
     with pytest.raises(UndecidedKinkError, match="tensor 1 of the point is not finite"):
         directional_gradient(lambda x, y: x.sum() + y.sqrt().sum(), (X, torch.zeros(2)), (X, X))
@@ -289,6 +317,8 @@ BAD_PAIRS = {
     r"\(2,\) float64 on cpu": (X, X.double()),
     r"tensor 1 of the direction has entries that are not finite": ((X, X), (X, X / 0)),
     r"zero in all of its 1 tensor": (X, X * 0),
+    r"the point is a Linear; give a tensor or a list": (nn.Linear(2, 2), X),
+    r"entry 1 of the direction is a float": ((X, X), (X, 1.0)),
 }
 
 

@@ -276,6 +276,16 @@ def test_report_is_json_and_comes_back():
     assert "(outside)  relu       float32      1       3      3           3  1.00e+00" in str(report)
 
 
+def test_windows_of_nan_are_no_ties():
+    image = torch.full((1, 1, 4, 4), float("nan"), requires_grad=True)
+    with torch.no_grad():
+        image[..., :2, :2] = 1.0
+    with watch(nn.MaxPool2d(2)) as counts:
+        functional.max_pool2d(image, 2).amax()
+    pooled, largest = counts.report().rows
+    assert (pooled.kinks, pooled.places, largest.kinks) == (1, 4, 0)
+
+
 def test_what_is_no_module_is_refused():
     with pytest.raises(ModelTypeError, match="got function"), watch(lambda x: x):
         pass

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 
 from cheapgrad.kinks._windows import PoolWindows, adaptive_windows, pool_windows
-from cheapgrad.kinks.max_pool import attains
 
 
 class KinkMask(NamedTuple):
@@ -155,7 +154,8 @@ def _equal_pair(input: Tensor, other: Tensor) -> KinkMask | None:
 
 def _several(candidates: Tensor, extreme: Tensor) -> KinkMask:
     """Return which slices along the last axis attain their extreme value more than once."""
-    return KinkMask(attains(candidates, extreme).sum(-1) > 1, extreme)
+    # NaN equals nothing: what is no number has no derivative that a convention could choose.
+    return KinkMask((candidates == extreme.unsqueeze(-1)).sum(-1) > 1, extreme)
 
 
 def _slices(input: Tensor, dims: Sequence[int]) -> Tensor:

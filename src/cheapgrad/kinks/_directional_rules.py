@@ -147,6 +147,22 @@ def _extreme(decisions: Decisions, sign: int, input: Tensor, dim: Any, keepdim: 
     return kind((values, index))
 
 
+def _argmax(decisions: Decisions, input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    return _place(decisions, 1, input, dim, keepdim)
+
+
+def _argmin(decisions: Decisions, input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    return _place(decisions, -1, input, dim, keepdim)
+
+
+def _place(decisions: Decisions, sign: int, input: Tensor, dim: int | None, keepdim: bool) -> Tensor:
+    """Return where the largest (smallest) entry stands: that of them which stays so along the direction."""
+    if dim is not None:
+        return _reduce(decisions, sign, input, (int(dim),), keepdim)[1]
+    place = _reduce(decisions, sign, input, (), False)[1]
+    return place.view([1] * input.dim()) if keepdim else place
+
+
 def _amax(decisions: Decisions, input: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
     return _reduce(decisions, 1, input, (dim,) if isinstance(dim, int) else tuple(dim), keepdim)[0]
 
@@ -234,6 +250,8 @@ _RULES: dict[str, Rule] = {
     "min": _min,
     "amax": _amax,
     "amin": _amin,
+    "argmax": _argmax,
+    "argmin": _argmin,
     "l1_loss": _l1_loss,
     **{name: _comparison(name) for name in _COMPARISONS},
     **{

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cheapgrad.errors import BudgetError, ForwardResultError, TrialError, check_count
+from cheapgrad.errors import ArgumentError, BudgetError, ForwardResultError, TrialError, check_count
 from cheapgrad.kinks._binomial import clopper_pearson
-from cheapgrad.kinks.conventions import Conventions, apply_conventions
+from cheapgrad.kinks.conventions import Conventions, apply_conventions, check_conventions
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Bifurcation:
         confidence: of the interval.
         tolerance: largest relative difference that counts as none.
         largest_difference: largest ``‖g − g'‖ / max(‖g‖, ‖g'‖)`` over the trials.
+        unused: places of the parameters that no trial's loss depended on: their gradient is zero under all conventions.
     """
 
     trials: int
@@ -38,6 +39,7 @@ class Bifurcation:
     confidence: float
     tolerance: float
     largest_difference: float
+    unused: tuple[int, ...] = ()
 
     @property
     def fraction(self) -> float:
@@ -51,12 +53,12 @@ class Bifurcation:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Bifurcation:
         """Return the record that `to_dict` wrote."""
-        return cls(**data)
+        return cls(**{**data, "unused": tuple(data.get("unused", ()))})
 
 
 def bifurcation(
     loss: Callable[[int], Tensor],
-    parameters: Sequence[Tensor],
+    parameters: Tensor | Iterable[Tensor],
     *,
     trials: int,
     conventions: tuple[Conventions, Conventions] = (Conventions(), Conventions(relu=1.0)),
@@ -71,7 +73,8 @@ def bifurcation(
     Args:
         loss: takes the number of the trial, returns a scalar. What a trial draws, parameters or a batch, it must draw
             from that number or from torch's default generator, which is set back before each run.
-        parameters: what the gradient is taken of; read after the loss has run, so it may fill them.
+        parameters: what the gradient is taken of: a tensor, a list of them, or ``model.parameters()``. A list is read
+            after the loss has run, so it may fill it.
         trials: how many, at least 1, fixed beforehand.
         conventions: the two to compare; by default torch's own and ReLU'(0) = 1.
         confidence: of the interval, in (0, 1).
@@ -89,7 +92,9 @@ def bifurcation(
     Raises:
         BudgetError: `trials`, `confidence` or `tolerance` out of range.
         TrialError: the runs of a trial returned different losses, so they were not runs of one thing.
-        ForwardResultError: the loss is not a scalar tensor with a graph.
+        ArgumentError: `parameters` are no tensors, or none at all, or `loss` is no function.
+        ConventionError: `conventions` are not two.
+        ForwardResultError: the loss is not a scalar tensor with a graph, or depends on none of the parameters.
 
     Example:
         A sum that is exactly 0 half of the time:
@@ -107,16 +112,23 @@ def bifurcation(
     if not tolerance >= 0:
         raise BudgetError(f"tolerance must be at least 0, but got {tolerance!r}")
     clopper_pearson(0, 1, confidence)
+    first, second = check_conventions(conventions)
+    if not callable(loss):
+        raise ArgumentError(
+            f"loss must be a function of the number of the trial, but got {type(loss).__name__}; use e.g. "
+            "lambda trial: loss_function(model(x), y)"
+        )
+    tensors = _as_sequence(parameters)
     differing = unrepeatable = 0
     largest = 0.0
-    first, second = conventions
+    used: set[int] = set()
     for trial in range(trials):
         set_back = _remember_draws()
-        value, gradient = _differentiate(loss, trial, parameters, first)
+        value, gradient = _differentiate(loss, trial, tensors, first, used)
         runs = []
         for convention in (first, second):
             set_back()
-            runs.append(_differentiate(loss, trial, parameters, convention))
+            runs.append(_differentiate(loss, trial, tensors, convention, used))
         for other, _ in runs:
             if not (other == value or (other != other and value != value)):
                 raise TrialError(
@@ -127,21 +139,67 @@ def bifurcation(
         difference = _difference(gradient, runs[1][1])
         differing += difference > tolerance
         largest = max(largest, difference)
+    unused = tuple(place for place in range(len(tensors)) if place not in used)
+    if not used:
+        raise ForwardResultError(
+            f"the loss depended on none of the {len(tensors)} parameter(s) in any of {trials} trial(s), so that there "
+            "is no gradient to compare; pass the tensors themselves that the loss uses, not copies or views of them"
+        )
     low, high = clopper_pearson(differing, trials, confidence)
-    return Bifurcation(trials, differing, unrepeatable, low, high, confidence, float(tolerance), largest)
+    return Bifurcation(trials, differing, unrepeatable, low, high, confidence, float(tolerance), largest, unused)
+
+
+def _as_sequence(parameters: object) -> Sequence[Tensor]:
+    """Return the parameters as a sequence; a list stays the same list, because the loss may fill it."""
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if isinstance(parameters, nn.Module):
+        raise ArgumentError(
+            f"parameters must be tensors, but got the module {type(parameters).__name__}; pass list(model.parameters())"
+        )
+    if isinstance(parameters, (Mapping, str)) or not isinstance(parameters, Iterable):
+        raise ArgumentError(
+            f"parameters must be tensors, but got a {type(parameters).__name__}; pass a list of tensors, of a "
+            "dictionary its list(values())"
+        )
+    # A generator such as model.parameters() can be read only once.
+    return parameters if isinstance(parameters, list) else list(parameters)
+
+
+def _check_parameters(parameters: Sequence[object]) -> list[Tensor]:
+    """Return the parameters if there are any and all have gradients."""
+    if not parameters:
+        raise ArgumentError("parameters must be at least one tensor, but got none; pass e.g. list(model.parameters())")
+    tensors = []
+    for place, tensor in enumerate(parameters):
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(
+                f"parameters must be tensors, but number {place} is of type {type(tensor).__name__}; pass e.g. "
+                "list(model.parameters())"
+            )
+        if not tensor.requires_grad:
+            raise ArgumentError(
+                f"parameter {place}, of shape {tuple(tensor.shape)}, does not require a gradient; leave it out, or "
+                "call .requires_grad_() on it before the loss runs"
+            )
+        tensors.append(tensor)
+    return tensors
 
 
 def _differentiate(
-    loss: Callable[[int], Tensor], trial: int, parameters: Sequence[Tensor], conventions: Conventions
+    loss: Callable[[int], Tensor], trial: int, parameters: Sequence[Tensor], conventions: Conventions, used: set[int]
 ) -> tuple[float, list[Tensor]]:
+    """Return the loss and its gradient, and add the places of the parameters that it depends on to `used`."""
     with apply_conventions(conventions):
         value = loss(trial)
     if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ForwardResultError(f"trial {trial} returned {found}; let the loss return a scalar tensor with its graph")
-    gradient = torch.autograd.grad(value, list(parameters), allow_unused=True)
+    tensors = _check_parameters(parameters)
+    gradient = torch.autograd.grad(value, tensors, allow_unused=True)
+    used.update(place for place, part in enumerate(gradient) if part is not None)
     return float(value.detach()), [
-        torch.zeros_like(tensor) if part is None else part for part, tensor in zip(gradient, parameters, strict=True)
+        torch.zeros_like(tensor) if part is None else part for part, tensor in zip(gradient, tensors, strict=True)
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from cheapgrad.errors import ConventionError
 from cheapgrad.kinks import max_pool
 from cheapgrad.kinks._function_names import torch_name
 from cheapgrad.kinks.max_pool import check_ties
@@ -60,6 +61,9 @@ def apply_conventions(conventions: Conventions) -> Iterator[Counter[str]]:
         `torch.compile` are traced again inside the context, and follow. The context is left as it was entered, also
         after an exception; it holds for the thread that entered it.
 
+    Raises:
+        ConventionError: `conventions` is something else: a number, a dictionary, or the class itself.
+
     Example:
         >>> import torch
         >>> layer = torch.nn.ReLU()
@@ -70,9 +74,29 @@ def apply_conventions(conventions: Conventions) -> Iterator[Counter[str]]:
         >>> x.grad, calls["relu"]
         (tensor([1., 1.]), 1)
     """
-    mode = _ConventionMode(conventions)
+    mode = _ConventionMode(check_convention(conventions))
     with mode:
         yield mode.calls
+
+
+def check_convention(conventions: object) -> Conventions:
+    """Return the conventions if that is what they are; raise `ConventionError` otherwise."""
+    if not isinstance(conventions, Conventions):
+        what = f"the class {conventions.__name__} itself" if isinstance(conventions, type) else repr(conventions)
+        raise ConventionError(
+            f"conventions must be made by kinks.Conventions, but got {what}; write e.g. kinks.Conventions(relu=1.0)"
+        )
+    return conventions
+
+
+def check_conventions(pair: object) -> tuple[Conventions, Conventions]:
+    """Return two conventions if that is what they are; raise `ConventionError` otherwise."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        what = f"{len(pair)} of them" if isinstance(pair, (tuple, list)) else type(pair).__name__
+        raise ConventionError(
+            f"two conventions are needed, but got {what}; write e.g. (Conventions(), Conventions(relu=1.0))"
+        )
+    return check_convention(pair[0]), check_convention(pair[1])
 
 
 class _ConventionMode(TorchFunctionMode):

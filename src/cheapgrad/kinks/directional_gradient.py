@@ -12,13 +12,12 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cheapgrad.errors import DirectionError, ForwardResultError, UndecidedKinkError
+from cheapgrad.errors import ForwardResultError, UndecidedKinkError
 from cheapgrad.kinks._aten_kinks import find_kinks, is_not_counted, plain_name
 from cheapgrad.kinks._decisions import Decisions, is_dual
 from cheapgrad.kinks._directional_rules import find_rule
-from cheapgrad.kinks._function_names import torch_name
-
-Point = Tensor | Sequence[Tensor]
+from cheapgrad.kinks._function_names import may_choose, torch_name
+from cheapgrad.kinks._points import Point, check_pair
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,11 @@ class DirectionalGradient:
         undecided: kinks that neither d nor the second direction leaves to first order; with probability one none of
             them has a say in the gradient.
         forward_passes: 1, or 2 if d left some kink undecided and a second direction was needed.
-        not_checked: nonsmooth operations without a rule that f called; if one was at a kink, it followed torch.
+        not_checked: what f called with values that depend on the point, and of which it is not known whether it stood
+            at a kink; if it did, it followed torch. These are nonsmooth operations without a rule (``"cummax"``), and
+            what a program may choose by unseen: ``"item"`` and other ways of values into Python, ``"detach"``, and
+            functions that make whole numbers or truth values (``"isclose"``, ``"long"``). Empty if the law holds
+            without reservation.
     """
 
     gradient: Tensor | tuple[Tensor, ...]
@@ -74,14 +77,15 @@ def directional_gradient(
         kinks met exactly, in floating point, count: a sum that should be zero and is 1e-17 is not at one.
 
         Decided: relu, relu6, leaky_relu, prelu, elu, selu, hardtanh, hardswish, hardsigmoid, softshrink, threshold,
-        abs, clamp, maximum, minimum, fmax, fmin, max, min, amax, amin, max-pooling of all kinds, l1_loss, and the
-        comparisons that steer `torch.where` or Python's `if`.
+        abs, clamp, maximum, minimum, fmax, fmin, max, min, amax, amin, argmax, argmin, max-pooling of all kinds,
+        l1_loss, and the comparisons of tensors that steer `torch.where` or Python's `if`. Whatever else f chooses by is
+        not decided but named, in ``not_checked``: read that.
 
     Raises:
-        DirectionError: point and direction do not fit, are not floating point, or the direction is zero or not finite.
+        DirectionError: point and direction do not fit, are not floating point or not finite, or the direction is zero.
         UndecidedKinkError: f meets exactly a kink or tie of another operation (sort, norm at 0, a rounding), a second
             run met other kinks, or the gradient is not finite.
-        ForwardResultError: f does not return a scalar that depends on the point.
+        ForwardResultError: f does not return a scalar that depends on the point, or one that is not finite.
 
     Example:
         >>> def identity(x):
@@ -97,7 +101,7 @@ def directional_gradient(
         question and a bound of 6 times the function; Khan and Barton's lexicographic derivatives use as many directions
         as there are inputs, where this uses two and leaves the rest to probability.
     """
-    points, directions = _check_pair(point, direction)
+    points, directions = check_pair(point, direction)
     states = _random_states(points)
     run = _Run(function, points, directions, None)
     passes = 1
@@ -170,8 +174,13 @@ class _DecidingMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         rule = find_rule(torch_name(func))
-        if rule is None or not is_dual((*args, *kwargs.values())):
+        if not is_dual((*args, *kwargs.values())):
             return func(*args, **kwargs)
+        if rule is None:
+            result = func(*args, **kwargs)
+            if may_choose(torch_name(func), result):
+                self.guard.not_checked.add(torch_name(func).strip("_"))
+            return result
         # The names that NumPy has for them.
         kwargs = {{"axis": "dim", "keepdims": "keepdim"}.get(name, name): value for name, value in kwargs.items()}
         # Inside a rule the kinks are known.
@@ -229,46 +238,17 @@ class _Suspension:
         self.guard.watching = self.before
 
 
-def _check_pair(point: Point, direction: Point) -> tuple[list[Tensor], list[Tensor]]:
-    """Return point and direction as lists of tensors that fit."""
-    points = [point] if isinstance(point, Tensor) else list(point)
-    directions = [direction] if isinstance(direction, Tensor) else list(direction)
-    if len(points) != len(directions) or not points:
-        raise DirectionError(
-            f"the point has {len(points)} tensors and the direction {len(directions)}; give one for each"
-        )
-    for place, (at, along) in enumerate(zip(points, directions, strict=True)):
-        if not at.is_floating_point():
-            raise DirectionError(
-                f"tensor {place} of the point is {at.dtype}; only floating-point tensors have gradients"
-            )
-        if at.shape != along.shape or at.dtype != along.dtype or at.device != along.device:
-            raise DirectionError(
-                f"tensor {place} of the direction is {_describe(along)}, but that of the point {_describe(at)}; "
-                "make them alike, e.g. with torch.randn_like"
-            )
-        if not bool(torch.isfinite(along).all()):
-            raise DirectionError(
-                f"tensor {place} of the direction has entries that are not finite; use a finite direction"
-            )
-    if not any(bool(along.any()) for along in directions):
-        raise DirectionError(
-            f"the direction is zero in all of its {len(directions)} tensor(s), so it decides nothing; draw one, e.g. "
-            "with torch.randn_like"
-        )
-    return points, [along.detach() for along in directions]
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-
-
 def _check_result(result: object) -> tuple[Tensor, Tensor | None]:
     if not isinstance(result, Tensor):
         raise ForwardResultError(f"the function returned {type(result).__name__}; let it return a scalar tensor")
     if result.dim() != 0:
         raise ForwardResultError(
             f"the function returned shape {tuple(result.shape)}; let it return a scalar, e.g. .sum()"
+        )
+    if not bool(torch.isfinite(result)):
+        raise ForwardResultError(
+            f"the function returned {float(result.detach())} at the point, and has no derivative there; move the point "
+            "to where it is finite"
         )
     output, tangent = forward_ad.unpack_dual(result)
     if not output.requires_grad:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cheapgrad.ops.chains.chain import Link, chain_of, let_rebuild, run_stage, settle
+from cheapgrad.ops.chains.chain import Link, chain_of, held_root, let_rebuild, run_stage, settle
 from cheapgrad.ops.chains.joining import is_row_wise
 from cheapgrad.ops.chains.producers import is_held_by_attention
 from cheapgrad.ops.chains.projection_stage import ProjectionStage, unpack
@@ -221,8 +221,10 @@ def _project(
     if may_rebuild and not is_flat:
         # The root of a chain of norms, or the input itself, is held by others or for all three projections.
         before = chain.links if chain is not None else ()
+        root = held_root(chain) if chain is not None else x
         again = dataclasses.replace(stage, stored=None, parts=parts, use=None if before else plan.root_use)
-        let_rebuild(arranged, chain.root if chain is not None else x, (*before, Link(again, (weight, bias), ())))
+        if root is not None:
+            let_rebuild(arranged, root, (*before, Link(again, (weight, bias), ())))
     return arranged
 
 

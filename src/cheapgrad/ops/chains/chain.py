@@ -281,9 +281,13 @@ def settle(chain: Chain) -> Chain:
 
     The nodes that made the output hold the larger ones, so they may not be kept.
     """
-    links = tuple(link.encoded or link for link in chain.links)
+    links = _settled(chain.links)
     is_linked = chain.is_linked and all(link.encoded is None for link in chain.links)
     return dataclasses.replace(chain, links=links, is_linked=is_linked)
+
+
+def _settled(links: tuple[Link, ...]) -> tuple[Link, ...]:
+    return tuple(link.encoded or link for link in links)
 
 
 def held_root(chain: Chain) -> Tensor | None:
@@ -295,7 +299,7 @@ def held_root(chain: Chain) -> Tensor | None:
 def let_rebuild(output: Tensor, root: Tensor, links: tuple[Link, ...]) -> None:
     """Let other operations that save `output` keep the root that the links compute it from instead."""
     scope = current_scope()
-    if scope is None or any(link.stage.stored is not None for link in links[:-1]):
+    if scope is None or any(link.stage.multiplies for link in links[:-1]):
         return
     context = _autocast_of(output)
 
@@ -381,17 +385,20 @@ def run_stage(
     value = x.detach()
     with torch.no_grad():
         record = stage.record(value, parameters, bool(links) and _rebuilds_for(links[-1], stage))
-    links = (*links, Link(stage, parameters, record))
+    link = Link(stage, parameters, record)
+    # A product may be asked for again, and stores what it takes for that; nothing else does.
+    stored = (*(links if stage.multiplies else _settled(links)), link)
+    links = (*(_settled(links) if record and stage.stored is not None else links), link)
     layout = _Layout(
-        stages=tuple(link.stage for link in links),
-        parameter_counts=tuple(len(link.parameters) for link in links),
-        record_counts=tuple(len(link.record) for link in links),
+        stages=tuple(link.stage for link in stored),
+        parameter_counts=tuple(len(link.parameters) for link in stored),
+        record_counts=tuple(len(link.record) for link in stored),
         cotangent=cotangent,
         examples=x.shape[0] if x.dim() > 1 else 1,
         passed=passed,
     )
-    tensors = [tensor for link in links for tensor in link.parameters]
-    tensors += [tensor for link in links for tensor in link.record]
+    tensors = [tensor for link in stored for tensor in link.parameters]
+    tensors += [tensor for link in stored for tensor in link.record]
     function = _ChainFunction if torch.compiler.is_compiling() else _EagerChainFunction
     output = function.apply(x if is_linked else value, root, layout, *tensors)
     if not torch.compiler.is_compiling():
@@ -399,7 +406,7 @@ def run_stage(
         scope = current_scope()
         kept = links if scope is None else _with_exact_root(links, value)
         holder = _attach(output, Chain(root, kept, cotangent, output._version, passed, origin=origin))
-        if scope is not None and holder is not None and kept is not links:
+        if scope is not None and holder is not None and any(link.encoded is not None for link in kept):
             scope.call_at_end(holder.settle)
     return output
 

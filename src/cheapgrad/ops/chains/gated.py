@@ -111,7 +111,8 @@ def _join(
     # The nodes of the product and of the activation hold the tensors that codes are to replace.
     is_linked = of_gate.is_linked and of_up.is_linked and stored is None
     passed = (*of_gate.passed, *of_up.passed, Watch(activated))
-    return Chain(of_gate.root, (*of_gate.links[:-1], link), of_gate.cotangent, x._version, passed, is_linked)
+    links = (*of_gate.links[:-1], link)
+    return Chain(of_gate.root, links, of_gate.cotangent, x._version, passed, is_linked, of_gate.origin)
 
 
 def _read_alike(gate: Chain, up: Chain) -> bool:
@@ -126,4 +127,4 @@ def _read_alike(gate: Chain, up: Chain) -> bool:
         one is other or (one.stage == other.stage and one.record == other.record == ())
         for one, other in zip(*before, strict=True)
     )
-    return gate.root is up.root and is_same_path and gate.cotangent == up.cotangent
+    return gate.origin is up.origin is not None and is_same_path and gate.cotangent == up.cotangent

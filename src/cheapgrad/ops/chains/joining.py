@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from cheapgrad.ops.chains.activation_stage import ActivationStage
-from cheapgrad.ops.chains.chain import Chain, Link, attach_chain, chain_of, let_rebuild, run_stage, settle
+from cheapgrad.ops.chains.chain import Chain, Link, attach_chain, chain_of, held_root, let_rebuild, run_stage, settle
 from cheapgrad.ops.chains.functional import recognise_chain
 from cheapgrad.ops.chains.gated import recognise_gate
 from cheapgrad.ops.chains.linear_stage import LinearStage
@@ -55,8 +55,9 @@ def linear_in_chain(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, 
             chain = settle(chain)
         output = run_stage(x, LinearStage(plan.stored, is_flat), (weight, bias), plan.cotangent, chain)
         rebuilt = chain_of(output)
-        if may_rebuild and rebuilt is not None:
-            let_rebuild(output, rebuilt.root, rebuilt.links)
+        root = held_root(rebuilt) if may_rebuild and rebuilt is not None else None
+        if rebuilt is not None and root is not None:
+            let_rebuild(output, root, rebuilt.links)
         return output
     if may_rebuild and plan.root_use is not None and plan.root_use.is_kept:
         plan = dataclasses.replace(plan, stored=None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextvars
 import dataclasses
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,7 @@ class RebuildScope:
         # Looked at by the next linear layer, if an activation was called in between as a function.
         self._recent: collections.deque[_Recipe] = collections.deque()
         self._token: Any = None
+        self._at_end: list[weakref.WeakMethod[Callable[[], None]]] = []
 
     @property
     def outer_hooks(self) -> Any:
@@ -144,6 +146,15 @@ class RebuildScope:
             recipe.forget()
         self._recent.clear()
         _current.reset(self._token)
+        for reference in self._at_end:
+            callback = reference()
+            if callback is not None:
+                callback()
+        self._at_end.clear()
+
+    def call_at_end(self, callback: Callable[[], None]) -> None:
+        """Call a bound method when the scope is left, if its object still lives."""
+        self._at_end.append(weakref.WeakMethod(callback))
 
     def register(self, output: Tensor, source: Source) -> None:
         """Let operations that save `output` keep its source instead."""

@@ -103,7 +103,7 @@ def test_no_work_is_done_where_no_picture_can_be_drawn(capsys, monkeypatch):
     [
         (("curvature_models:one",), "must return (operator_a, operator_b) or (model, loss, batches_a, batches_b), but"),
         (("curvature_models:three",), "but returned a tuple of 3"),
-        (("curvature_models:no_operators",), "an operator has a shape and multiplies with @, but got 'a'"),
+        (("curvature_models:no_operators",), "an operator has a shape and multiplies with @, but got a str 'a'"),
         (("curvature_models:same_twice", "--count", "1"), "share 1 of 1 micro-batches"),
         (("curvature_models:operators",), "count=20 directions were asked of a curvature with 6 parameters"),
         (("curvature_models:operators", "--count", "2", "--level", "95"), "level must be in (0, 1), but got 95.0"),

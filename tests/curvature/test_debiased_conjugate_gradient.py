@@ -264,7 +264,7 @@ class TestBadInput:
 
     def test_sizes(self):
         small, large = (BatchQuadratic(torch.eye(size), torch.ones(size)) for size in (2, 3))
-        with pytest.raises(ShapeError, match="same parameters, but got 2 and 3"):
+        with pytest.raises(ShapeError, match="operator a is 2×2, but operator b is 3×3"):
             debiased_conjugate_gradient(small, large)
         with pytest.raises(ShapeError, match="the quadratic has 3 parameters, the directions 2"):
             debiased_conjugate_gradient(small, small).evaluate(large)

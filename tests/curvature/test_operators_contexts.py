@@ -255,8 +255,8 @@ def test_errors_of_the_model_itself_are_its_own() -> None:
     ("batches", "error", "match"),
     [
         ([], BatchError, "got an empty list"),
-        (torch.ones(3), BatchError, r"a tensor of shape \(3,\)"),
-        (7, BatchError, "a int"),
+        (torch.ones(3), BatchError, r"a Tensor of shape \(3,\)"),
+        (7, BatchError, "an int 7"),
         ([(1, 2, 3)], BatchError, "a tuple of 3"),
         (
             iter([(torch.ones(1, 3), torch.zeros(1).long())]),

@@ -110,7 +110,7 @@ def test_products_that_are_not_finite_are_named() -> None:
         (torch.ones(2, 2, dtype=torch.int64), "torch.int64"),
         (np.ones((2, 2), dtype=np.int64), "torch.int64"),
         (np.ones((2, 3)), r"\(2, 3\)"),
-        ([[1.0]], "list, which has no shape and no __matmul__"),
+        ([[1.0]], "a list of 1, which has no shape and no __matmul__"),
     ],
 )
 def test_what_is_no_operator_is_named(matrix: object, match: str) -> None:

@@ -206,8 +206,8 @@ def test_records_survive_a_round_trip() -> None:
         (hutchinson_diagonal, {"probes": 2.5}, "but got 2.5"),
         (frobenius_norm, {"probes": 0}, "but got 0"),
         (hutch_plus_plus, {"products": 5}, "products must be a whole number of at least 6, but got 5"),
-        (hutch_plus_plus, {"products": 12}, "products // 3=4 is more than the 3 dimensions"),
-        (xtrace, {"products": 8}, "products // 2=4 is more than the 3 dimensions"),
+        (hutch_plus_plus, {"products": 12}, "products=12 is more than 3 for each of the 3 dim.* use at most 9"),
+        (xtrace, {"products": 8}, "products=8 is more than 2 for each of the 3 dim.* use at most 6"),
         (xdiag, {"products": 3}, "at least 4, but got 3"),
     ],
 )

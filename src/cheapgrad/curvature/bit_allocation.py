@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cheapgrad.errors import BudgetError, ShapeError, check_count
+from cheapgrad.errors import BudgetError, NonFiniteCurvatureError, ShapeError, check_count, check_instance
 
 _MOST_STATES = 3_000_000
 _PRICES = 33
@@ -93,6 +94,7 @@ def allocate_bits(layers: Sequence[LayerBits], budget: float) -> BitAllocation:
 
     Raises:
         BudgetError: if the cheapest choices exceed the budget, the budget is no number, or the search grows too large.
+        ArgumentError: if a layer is no `LayerBits`.
         ShapeError: if there is no layer, or two have the same name.
 
     Example:
@@ -104,6 +106,8 @@ def allocate_bits(layers: Sequence[LayerBits], budget: float) -> BitAllocation:
     References:
         The problem is that of HAWQ-V3 (arXiv:2011.10680), solved there by an integer-programming package.
     """
+    for index, layer in enumerate(layers):
+        check_instance(f"layers[{index}]", layer, LayerBits, "use LayerBits(name, bits, penalties, costs)")
     names = [layer.name for layer in layers]
     if not layers or len(set(names)) < len(names):
         raise ShapeError(f"layers must be at least one, with different names, but got {names!r}")
@@ -219,6 +223,8 @@ def quantization_penalty(weight: Tensor, bits: int, trace: float) -> float:
 
     Raises:
         BudgetError: if `bits` is out of range, or the trace is not finite.
+        ShapeError: if there is no weight.
+        NonFiniteCurvatureError: if a weight is not finite.
 
     Example:
         >>> quantization_penalty(torch.tensor([[1.0, 0.4]]), 2, trace=2.0)  # rounded to 1 and 0
@@ -228,8 +234,14 @@ def quantization_penalty(weight: Tensor, bits: int, trace: float) -> float:
         HAWQ-V2 (arXiv:1911.03852).
     """
     check_count("bits", bits, minimum=2)
-    if bits > 16 or not math.isfinite(trace):
+    if bits > 16 or isinstance(trace, bool) or not isinstance(trace, numbers.Real) or not math.isfinite(trace):
         raise BudgetError(f"bits must be from 2 to 16 and the trace finite, but got bits={bits!r}, trace={trace!r}")
+    check_instance("weight", weight, Tensor)
+    if weight.ndim == 0 or weight.numel() == 0:
+        raise ShapeError(f"weight must be [O, ...] with at least one entry, but got the shape {tuple(weight.shape)}")
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise NonFiniteCurvatureError(f"{bad} of {weight.numel()} weights are not finite, so nothing can be rounded")
     rows = weight.detach().double().reshape(weight.shape[0], -1)
     levels = 2 ** (bits - 1) - 1
     step = rows.abs().amax(1, keepdim=True) / levels

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from cheapgrad.curvature.operators import AbstractOperator, as_operator
-from cheapgrad.errors import BudgetError, NonFiniteCurvatureError, ShapeError, SingularCurvatureError, check_count
+from cheapgrad.errors import (
+    BudgetError,
+    NonFiniteCurvatureError,
+    ShapeError,
+    SingularCurvatureError,
+    check_count,
+    check_instance,
+)
 
 
 class Magnitudes(enum.Enum):
@@ -133,7 +140,8 @@ def run_conjugate_gradient(
         Hestenes and Stiefel (1952), in the form of Nocedal and Wright (2006), algorithm 5.2.
     """
     operator = as_operator(operator)
-    settings = settings or ConjugateGradientSettings()
+    settings = ConjugateGradientSettings() if settings is None else settings
+    check_instance("settings", settings, ConjugateGradientSettings, "use ConjugateGradientSettings(...)")
     check_gradient("gradient", gradient, operator)
     residual, direction = gradient.clone(), -gradient
     square = float(residual.double().square().sum())
@@ -171,6 +179,7 @@ def run_conjugate_gradient(
 
 def check_gradient(name: str, gradient: Tensor, operator: AbstractOperator) -> None:
     """Raise unless `gradient` is a finite vector that fits the operator."""
+    check_instance(name, gradient, Tensor, "use torch.as_tensor(...)")
     if gradient.shape != (operator.shape[0],):
         raise ShapeError(
             f"{name} must be a vector of {operator.shape[0]} parameters, but got the shape {tuple(gradient.shape)}"

@@ -17,9 +17,9 @@ from cheapgrad.curvature.conjugate_gradient import (
     run_conjugate_gradient,
 )
 from cheapgrad.curvature.finite_population import population_of
-from cheapgrad.curvature.independence import check_independent
+from cheapgrad.curvature.independence import check_independent, check_same_size
 from cheapgrad.curvature.operators import AbstractOperator, MeanOperator, MicroBatch, as_operator
-from cheapgrad.errors import BatchError, BudgetError, ShapeError, SingularCurvatureError
+from cheapgrad.errors import BatchError, BudgetError, ShapeError, SingularCurvatureError, check_instance
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,10 +201,12 @@ def debiased_conjugate_gradient(
         Directions from one batch, magnitudes from another: arXiv:2410.14325. Where the slope is taken, how damping
         enters and when to stop are our choices.
     """
-    settings = settings or ConjugateGradientSettings()
+    settings = ConjugateGradientSettings() if settings is None else settings
+    check_instance("settings", settings, ConjugateGradientSettings, "use ConjugateGradientSettings(...)")
+    for name, quadratic in (("quadratic_a", quadratic_a), ("quadratic_b", quadratic_b)):
+        check_instance(name, quadratic, BatchQuadratic, "use BatchQuadratic(operator, gradient)")
     a, b = quadratic_a.operator, quadratic_b.operator
-    if a.shape != b.shape:
-        raise ShapeError(f"both batches must have the same parameters, but got {a.shape[0]} and {b.shape[0]}")
+    check_same_size(a, b)
     if not isinstance(magnitudes, Magnitudes):
         raise BudgetError(f"magnitudes must be one of {[str(each) for each in Magnitudes]}, but got {magnitudes!r}")
     population = None

@@ -51,7 +51,7 @@ class FinitePopulation:
         if self.first_count != self.size and total > self.size:
             raise OverlapError(
                 f"batches of {self.first_count} and {self.second_count} examples cannot be disjoint in a population of "
-                f"{self.size}; leave at most {self.size - self.first_count} to the second"
+                f"{self.size}; {_advise(self.size, self.first_count)}"
             )
 
     @property
@@ -85,6 +85,12 @@ class FinitePopulation:
         return self.first_share * same_batch + self.second_share * held_out
 
 
+def _advise(size: int, first_count: int) -> str:
+    if first_count > size:
+        return "the first alone is larger; is this the number of examples of the data set?"
+    return f"leave at most {size - first_count} to the second"
+
+
 def population_of(
     operator_a: AbstractOperator, operator_b: AbstractOperator, population_size: int | None
 ) -> FinitePopulation | None:
@@ -96,10 +102,12 @@ def population_of(
         population_size: N, or None for batches that are independent draws.
 
     Raises:
+        BudgetError: if the size is no positive whole number.
         BatchError: if an operator does not know how many examples it is a mean over.
     """
     if population_size is None:
         return None
+    check_count("population_size", population_size)
     counts = []
     for name, operator in (("a", operator_a), ("b", operator_b)):
         if operator.example_count is None:

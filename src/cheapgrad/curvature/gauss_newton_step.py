@@ -8,8 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from cheapgrad.curvature.conjugate_gradient import check_damping
-from cheapgrad.curvature.operators.execution import check_deterministic, differentiable_mode, refuse_draws
-from cheapgrad.errors import NonFiniteCurvatureError, ShapeError, SingularCurvatureError
+from cheapgrad.curvature.operators.execution import (
+    check_deterministic,
+    differentiable_mode,
+    explain_failure,
+    refuse_draws,
+)
+from cheapgrad.errors import BatchError, NonFiniteCurvatureError, ShapeError, SingularCurvatureError, check_instance
 
 
 def solve_gauss_newton(jacobian_BCP: Tensor, hessian_BCC: Tensor, gradient_BC: Tensor, *, damping: float) -> Tensor:
@@ -90,6 +95,9 @@ def gauss_newton_step(
         vectorised.
 
     Raises:
+        ArgumentError: if the model is none, or inputs and targets are no tensors.
+        BatchError: if there is no example, or not one target for each.
+        ForwardError: if the model or the loss raises.
         ShapeError: if `loss_function` does not return a scalar for one example.
         StochasticModelError: for dropout or batch norm in training mode, or if the forward pass draws.
         BudgetError: if the damping is negative.
@@ -105,6 +113,7 @@ def gauss_newton_step(
         >>> bool((model(inputs) - targets).abs().max() < 1e-3)
         True
     """
+    _check_batch(model, inputs, targets)
     check_deterministic(model)
     parameters = {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
 
@@ -112,9 +121,11 @@ def gauss_newton_step(
         return torch.func.functional_call(model, values, (example.unsqueeze(0),)).squeeze(0)
 
     with differentiable_mode(model, inputs.device):
-        with torch.no_grad(), refuse_draws(model, inputs.device):
+        what = f"the forward pass of a {type(model).__name__} on single examples"
+        with torch.no_grad(), refuse_draws(model, inputs.device), explain_failure(what, inputs=inputs):
             outputs = torch.stack([outputs_of(parameters, example) for example in inputs])
-        loss = loss_function(outputs[0], targets[0])
+        with explain_failure("the loss of the first example", output=outputs[0], target=targets[0]):
+            loss = loss_function(outputs[0], targets[0])
         if loss.ndim != 0:
             raise ShapeError(
                 f"loss_function must return the scalar loss of one example, but got the shape {tuple(loss.shape)} for "
@@ -128,6 +139,17 @@ def gauss_newton_step(
     step = solve_gauss_newton(jacobian_BCP, hessian.reshape(B, C, C), gradient.reshape(B, C), damping=damping)
     pieces = step.split([each.numel() for each in parameters.values()])
     return {name: piece.view_as(parameters[name]) for name, piece in zip(parameters, pieces, strict=True)}
+
+
+def _check_batch(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+    check_instance("model", model, nn.Module)
+    for name, value in (("inputs", inputs), ("targets", targets)):
+        check_instance(name, value, Tensor)
+    if inputs.ndim == 0 or targets.ndim == 0 or not len(inputs) or len(inputs) != len(targets):
+        raise BatchError(
+            "inputs and targets must have the same number of examples, at least one, along their first axes, but got "
+            f"the shapes {tuple(inputs.shape)} and {tuple(targets.shape)}"
+        )
 
 
 def _check_shapes(jacobian_BCP: Tensor, hessian_BCC: Tensor, gradient_BC: Tensor) -> tuple[int, int, int]:

@@ -10,8 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cheapgrad.curvature.operators import AbstractDataOperator, AbstractOperator, MeanOperator
-from cheapgrad.errors import OverlapError
+from cheapgrad.curvature.operators import (
+    AbstractDataOperator,
+    AbstractOperator,
+    DenseOperator,
+    ForeignOperator,
+    MeanOperator,
+)
+from cheapgrad.errors import OverlapError, ShapeError
 
 _LISTED = 5
 # Steps for a decision on two tensors' memory; ordinary slices take a few.
@@ -57,10 +63,10 @@ def check_independent(operator_a: AbstractOperator, operator_b: AbstractOperator
         operator_b: of the batch that measures along them.
 
     Law:
-        Sees identical operators, and examples all of whose tensors share memory, such as overlapping slices. Slices
-        that only interleave, such as even rows and odd ones, are apart. Copies of the same examples, as indexing by
-        a tensor makes them, look like others; whoever draws them uses `check_disjoint`. Batches that come from a loader
-        are not looked at.
+        Sees identical operators, plain matrices (torch, NumPy) that share memory, and examples all of whose tensors
+        share memory, such as overlapping slices. Slices that only interleave, such as even rows and odd ones, are
+        apart. Copies of the same examples, as indexing by a tensor makes them, look like others; whoever draws them
+        uses `check_disjoint`. Batches that come from a loader are not looked at.
 
     Raises:
         OverlapError: naming how many micro-batches are shared.
@@ -82,6 +88,15 @@ def check_independent(operator_a: AbstractOperator, operator_b: AbstractOperator
         )
 
 
+def check_same_size(operator_a: AbstractOperator, operator_b: AbstractOperator) -> None:
+    """Raise `ShapeError` if the operators of two batches have not the same number of parameters."""
+    if operator_a.shape != operator_b.shape:
+        sizes = [f"{operator.shape[0]}×{operator.shape[1]}" for operator in (operator_a, operator_b)]
+        raise ShapeError(
+            f"operator a is {sizes[0]}, but operator b is {sizes[1]}; give both batches the same parameters"
+        )
+
+
 def count_shared(inputs_a: Iterable[Any], inputs_b: Iterable[Any]) -> int:
     """Return how many micro-batches of b, given by their inputs, hold nothing but memory that those of a hold too."""
     regions = [region for inputs in inputs_a for region in _regions_of(inputs)]
@@ -89,9 +104,12 @@ def count_shared(inputs_a: Iterable[Any], inputs_b: Iterable[Any]) -> int:
 
 
 def _list_parts(operator: AbstractOperator) -> list[Any]:
-    """Return what an operator is made of: other operators, or the inputs of each micro-batch that it holds."""
+    """Return what an operator is made of: operators, matrices, or the inputs of each micro-batch that it holds."""
     if isinstance(operator, MeanOperator):
         return [leaf for part in operator.micro_batches for leaf in _list_parts(part.operator)]
+    if isinstance(operator, DenseOperator | ForeignOperator):
+        # Each is made anew from a plain matrix, which alone tells whether it is the same.
+        return [operator.matrix]
     held = operator.held_inputs() if isinstance(operator, AbstractDataOperator) else []
     return held or [operator]
 
@@ -116,6 +134,8 @@ def _regions_of(value: Any) -> list[Region]:
         return [region for item in value.values() for region in _regions_of(item)]
     if isinstance(value, (tuple, list)):
         return [region for item in value for region in _regions_of(item)]
+    if isinstance(value, np.ndarray):
+        return [value]
     if not isinstance(value, Tensor) or value.numel() == 0 or value.is_meta or value.layout is not torch.strided:
         return []
     return [np.asarray(_Addresses(value))]

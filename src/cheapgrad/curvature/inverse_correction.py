@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from cheapgrad.errors import BatchError, SingularCurvatureError
+from cheapgrad.errors import BatchError, ShapeError, SingularCurvatureError, check_instance
 
 
 def correct_inverse(estimate: Tensor, variance: Tensor) -> Tensor:
@@ -30,6 +30,7 @@ def correct_inverse(estimate: Tensor, variance: Tensor) -> Tensor:
         where the noise exceeds the value. Cost: three operations an entry.
 
     Raises:
+        ShapeError: if estimates and variances have different shapes.
         BatchError: if a variance is not known (NaN) or negative.
         SingularCurvatureError: if an estimate is zero, and its variance as well.
 
@@ -44,6 +45,12 @@ def correct_inverse(estimate: Tensor, variance: Tensor) -> Tensor:
     References:
         The correction ``-Var / c³`` is used on preconditioners in arXiv:2605.20756; the bounded form is ours.
     """
+    for name, value in (("estimate", estimate), ("variance", variance)):
+        check_instance(name, value, Tensor, f"use torch.as_tensor({name})")
+    if estimate.shape != variance.shape:
+        raise ShapeError(
+            f"each estimate has a variance, but got the shapes {tuple(estimate.shape)} and {tuple(variance.shape)}"
+        )
     unknown = int((~(variance >= 0)).sum())
     if unknown:
         worst = float(variance[~(variance >= 0)].flatten()[0])

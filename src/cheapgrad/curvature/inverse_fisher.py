@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from cheapgrad.curvature.operators import AbstractOperator
-from cheapgrad.errors import BudgetError, NonFiniteCurvatureError, ShapeError, SingularCurvatureError, check_count
+from cheapgrad.errors import (
+    BudgetError,
+    NonFiniteCurvatureError,
+    ShapeError,
+    SingularCurvatureError,
+    check_count,
+    check_instance,
+)
 
 
 @final
@@ -42,6 +49,7 @@ class InverseFisher(AbstractOperator):
     """
 
     def __init__(self, gradients_NP: Tensor, *, damping: float) -> None:
+        check_instance("gradients", gradients_NP, Tensor, "use torch.stack(gradients)")
         if gradients_NP.ndim != 2 or 0 in gradients_NP.shape:
             raise ShapeError(f"gradients must be rows [M, P], at least one, but got {tuple(gradients_NP.shape)}")
         self._damping = _check_positive(damping)

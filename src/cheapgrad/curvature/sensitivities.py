@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cheapgrad.curvature.operators import AbstractOperator, as_operator
 from cheapgrad.curvature.split_sample import split_sample
-from cheapgrad.errors import ShapeError, check_count
+from cheapgrad.errors import ArgumentError, ShapeError, check_count, check_instance, describe_value
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def measure_sensitivities(
 
     Raises:
         BudgetError: if `draws` is no positive whole number.
+        ArgumentError: if a layer has no pair of operators.
         ShapeError: if there is no layer, or a layer's operators differ in size.
         OverlapError: if a layer's operators share micro-batches.
 
@@ -79,6 +80,12 @@ def measure_sensitivities(
         Top eigenvalues: HAWQ (arXiv:1905.03696) and Q-BERT (arXiv:1909.05840); traces: HAWQ-V2 (arXiv:1911.03852).
     """
     check_count("draws", draws)
+    check_instance("operators", operators, Mapping, "use {name: (operator_a, operator_b)}")
+    for name, pair in operators.items():
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ArgumentError(
+                f"layer {name!r} must have a pair (operator_a, operator_b), but got {describe_value(pair)}"
+            )
     if not operators:
         raise ShapeError("sensitivities need at least one layer, but got none; pass {name: (operator_a, operator_b)}")
     return tuple(

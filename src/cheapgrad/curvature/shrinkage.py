@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from cheapgrad.errors import NonFiniteCurvatureError, ShapeError, check_count
+from cheapgrad.errors import NonFiniteCurvatureError, ShapeError, check_count, check_instance
 
 # Eigenvalues below this share of the largest are rounding.
 _ROUNDING = 1e-12
@@ -76,6 +76,7 @@ def shrink_eigenvalues(eigenvalues: Tensor, examples: int) -> Tensor:
 
 
 def _check_spectrum(eigenvalues: Tensor) -> Tensor:
+    check_instance("eigenvalues", eigenvalues, Tensor, "use torch.as_tensor(eigenvalues)")
     if eigenvalues.ndim != 1 or len(eigenvalues) == 0:
         raise ShapeError(f"eigenvalues must be a vector with all of them, but got the shape {tuple(eigenvalues.shape)}")
     values_P = eigenvalues.double()

@@ -16,10 +16,11 @@ from cheapgrad.curvature.directional_estimates import (
     measure_slope_along,
 )
 from cheapgrad.curvature.finite_population import FinitePopulation, population_of
-from cheapgrad.curvature.independence import check_independent
+from cheapgrad.curvature.independence import check_independent, check_same_size
 from cheapgrad.curvature.inverse_correction import correct_inverse
 from cheapgrad.curvature.leading_directions import find_leading_directions
 from cheapgrad.curvature.operators import as_operator
+from cheapgrad.errors import ArgumentError, describe_value
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +126,7 @@ def split_sample(
         BudgetError: if `count` is out of range.
         BatchError: if `population_size` is given, but an operator does not know its number of examples.
         ShapeError: if gradients or operators do not fit.
+        ArgumentError: if `gradients` is no pair of tensors.
         OperandError: if gradients are of another dtype or device than the curvature.
         NonFiniteCurvatureError: if a product or a gradient is not finite.
 
@@ -140,12 +142,13 @@ def split_sample(
         finite populations and the standard errors are ours.
     """
     operator_a, operator_b = as_operator(operator_a), as_operator(operator_b)
+    check_same_size(operator_a, operator_b)
     check_independent(operator_a, operator_b)
     population = population_of(operator_a, operator_b, population_size)
     _, directions_PK = find_leading_directions(operator_a, count, largest=largest)
     slope = None
     if gradients is not None:
-        gradient_a, gradient_b = gradients
+        gradient_a, gradient_b = _unpack_gradients(gradients)
         check_gradients(gradient_a, gradient_b, directions_PK)
         # An eigenvector has no sign of its own; batch a chooses it, like everything about a direction.
         uphill_K = torch.where(gradient_a @ directions_PK < 0, -1.0, 1.0).to(directions_PK.dtype)
@@ -154,3 +157,12 @@ def split_sample(
         slope = measure_slope_along(directions_PK, gradient_a, gradient_b, weights=weights, population=population)
     curvature = measure_curvature_along(directions_PK, operator_a, operator_b, population=population)
     return SplitSample(directions_PK, curvature, slope, population)
+
+
+def _unpack_gradients(gradients: Any) -> tuple[Tensor, Tensor]:
+    is_pair = isinstance(gradients, (tuple, list)) and len(gradients) == 2
+    if not is_pair or not all(isinstance(gradient, Tensor) for gradient in gradients):
+        raise ArgumentError(
+            f"gradients must be a pair of tensors (gradient_a, gradient_b), but got {describe_value(gradients)}"
+        )
+    return gradients[0], gradients[1]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from cheapgrad.curvature.operators.execution import has_lost_derivative, walk_graph
 from cheapgrad.errors import (
+    ArgumentError,
     LossError,
     NonFiniteCurvatureError,
     StochasticModelError,
     UnsupportedModelError,
     check_count,
+    check_instance,
+    describe_value,
 )
 
 # Where the functions of converted layers live; this room does not know them otherwise.
@@ -22,7 +25,7 @@ _SKETCHED = "cheapgrad.ops."
 
 def estimate_hessian_diagonal(
     loss: Tensor,
-    parameters: Sequence[Tensor],
+    parameters: Iterable[Tensor],
     *,
     draws: int = 1,
     average_kernels: bool = False,
@@ -51,6 +54,7 @@ def estimate_hessian_diagonal(
     Raises:
         LossError: if the loss is no scalar with a graph.
         BudgetError: if `draws` is no positive whole number.
+        ArgumentError: if the parameters are no list of tensors that require grad, such as a single tensor.
         UnsupportedModelError: if PyTorch lacks a second derivative.
         SecondDerivativeError: if a converted layer has drawn in the forward pass: run it under ``handle.exact()``.
         NonFiniteCurvatureError: if a product is not finite.
@@ -65,7 +69,7 @@ def estimate_hessian_diagonal(
     """
     check_count("draws", draws)
     _check_loss(loss)
-    parameters = list(parameters)
+    parameters = _list_parameters(parameters)
     totals = [torch.zeros_like(parameter) for parameter in parameters]
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
     if has_lost_derivative([loss, *(gradient for gradient in gradients if gradient is not None)]):
@@ -96,7 +100,7 @@ def estimate_hessian_diagonal(
 
 def estimate_gauss_newton_diagonal(
     logits: Tensor,
-    parameters: Sequence[Tensor],
+    parameters: Iterable[Tensor],
     *,
     draws: int = 1,
     generator: torch.Generator | None = None,
@@ -125,6 +129,7 @@ def estimate_gauss_newton_diagonal(
     Raises:
         LossError: if the logits have no graph, or fewer than two axes.
         BudgetError: if `draws` is no positive whole number.
+        ArgumentError: as for `estimate_hessian_diagonal`.
         StochasticModelError: if the logits' gradient is sketched, whose square would add its variance.
         NonFiniteCurvatureError: if a gradient is not finite.
 
@@ -138,6 +143,7 @@ def estimate_gauss_newton_diagonal(
         Sophia, arXiv:2305.14342, where it is multiplied by the number of predictions as here.
     """
     check_count("draws", draws)
+    check_instance("logits", logits, Tensor, "pass the model's output")
     if logits.ndim < 2 or not logits.requires_grad:
         raise LossError(
             f"logits must be [..., C] with a graph, but got the shape {tuple(logits.shape)}, requires_grad="
@@ -145,7 +151,7 @@ def estimate_gauss_newton_diagonal(
         )
     _check_exact(logits)
     rows_NC = logits.reshape(-1, logits.shape[-1])
-    parameters = list(parameters)
+    parameters = _list_parameters(parameters)
     totals = [torch.zeros_like(parameter) for parameter in parameters]
     probabilities_NC = rows_NC.detach().softmax(1)
     if not torch.isfinite(probabilities_NC).all():
@@ -159,6 +165,23 @@ def estimate_gauss_newton_diagonal(
                 total += len(rows_NC) / draws * gradient.square()
     _check_finite(totals)
     return totals
+
+
+def _list_parameters(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parameters; a single tensor is refused, whose rows autograd takes for tensors of no graph."""
+    found = [] if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable) else list(parameters)
+    if not found or not all(isinstance(parameter, Tensor) for parameter in found):
+        raise ArgumentError(
+            "parameters must be tensors to differentiate by, at least one, but got "
+            f"{describe_value(parameters)}; use [tensor], or list(model.parameters())"
+        )
+    fixed = [index for index, parameter in enumerate(found) if not parameter.requires_grad]
+    if fixed:
+        raise ArgumentError(
+            f"parameter {fixed[0]} of shape {tuple(found[fixed[0]].shape)} does not require grad, so nothing can be "
+            "differentiated by it; leave it out, or use requires_grad_() before the forward pass"
+        )
+    return found
 
 
 def _check_exact(logits: Tensor) -> None:

@@ -189,14 +189,14 @@ def test_a_reader_picks_the_logits_and_the_size() -> None:
 
 def test_what_is_no_likelihood_model_or_batch_is_named() -> None:
     model = nn.Linear(3, 3)
-    with pytest.raises(ModelTypeError, match="got 'categorical' of type str"):
+    with pytest.raises(ModelTypeError, match="got a str 'categorical'"):
         kfac(model, ROWS, "categorical")  # type: ignore[arg-type]
     with pytest.raises(ModelTypeError, match="got a function"):
         kfac(functional.relu, ROWS, CategoricalOutputs())  # type: ignore[arg-type]
     options = KroneckerOptions(reader=BatchReader(process_group="workers"))
     with pytest.raises(UnsupportedModelError, match="the reader has the group 'workers'"):
         kfac(model, ROWS, CategoricalOutputs(), options=options)
-    with pytest.raises(BatchError, match="got a tensor of shape"):
+    with pytest.raises(BatchError, match="got a Tensor of shape"):
         kfac(model, ROWS[0], CategoricalOutputs())
     with pytest.raises(LossError, match=r"shape \(2,\), but got torch.float32 of shape \(2, 1\)"):
         kfac(

@@ -37,4 +37,4 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ShapeError, match=r"\(0, 3\) and \(0,\)"):
         expected_calibration_error(torch.ones(0, 3), torch.zeros(0, dtype=torch.long))
     with pytest.raises(BudgetError, match="got 0"):
-        expected_calibration_error(torch.ones(1, 3), torch.zeros(1, dtype=torch.long), bins=0)
+        expected_calibration_error(torch.ones(1, 1), torch.zeros(1, dtype=torch.long), bins=0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from cheapgrad.curvature.finite_population import FinitePopulation
 from cheapgrad.curvature.kronecker.factors import BasisPair
 from cheapgrad.curvature.kronecker.layers import AbstractLayer
+from cheapgrad.curvature.kronecker.outputs import AbstractOutputs
 from cheapgrad.curvature.operators import AbstractOperator
 from cheapgrad.curvature.operators.parameters import ParameterSelection
 from cheapgrad.errors import OperatorError, ShapeError, SingularCurvatureError
@@ -45,6 +46,7 @@ class KroneckerCurvature(AbstractOperator):
         blocks: one per layer.
         selection: the parameters, in the order of the vectors that are multiplied.
         example_count: examples behind the eigenvalues.
+        likelihood: whose curvature it is, where that is known.
 
     Law:
         Symmetric, and positive semi-definite where the eigenvalues are. Products, solves, functions of the matrix and
@@ -52,9 +54,14 @@ class KroneckerCurvature(AbstractOperator):
     """
 
     def __init__(
-        self, blocks: tuple[KroneckerBlock, ...], selection: ParameterSelection, example_count: float | None = None
+        self,
+        blocks: tuple[KroneckerBlock, ...],
+        selection: ParameterSelection,
+        example_count: float | None = None,
+        likelihood: AbstractOutputs | None = None,
     ) -> None:
         self.blocks, self.selection, self._example_count = blocks, selection, example_count
+        self.likelihood = likelihood
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -129,7 +136,7 @@ class KroneckerCurvature(AbstractOperator):
                     f"{tuple(block.eigenvalues_QOI.shape)}, but the function returned {tuple(values.shape)}"
                 )
             blocks.append(KroneckerBlock(block.layer, block.basis, values))
-        return KroneckerCurvature(tuple(blocks), self.selection, self._example_count)
+        return KroneckerCurvature(tuple(blocks), self.selection, self._example_count, self.likelihood)
 
     def solve(self, operand: Tensor, damping: float = 0.0) -> Tensor:
         """Return ``(A + damping·I)⁻¹ operand``.

@@ -31,8 +31,8 @@ def kfac(
 
     Args:
         model: with a first axis of examples in every layer; in ``eval()``.
-        batches: a pair ``(inputs, targets)``, a dict, or an iterable of those. Only the empirical Fisher looks at
-            targets.
+        batches: a pair ``(inputs, targets)``, a dict, or an iterable of those. Only the empirical Fisher needs
+            the targets; elsewhere zeros ``[B]`` may stand for them, and all others have to fit the likelihood.
         likelihood: of the outputs ``[B, ..., C]``; the loss is its negative logarithm, averaged over examples and
             summed over the positions of an example.
         eigenvalue_batches: other examples for the eigenvalues; the same without it, or if it is `batches` itself.
@@ -51,6 +51,9 @@ def kfac(
     Raises:
         UnsupportedModelError: listing layers without factors.
         StochasticModelError: for dropout or batch norm in training mode.
+        LossError: if outputs or targets do not fit the likelihood.
+        TargetError: if targets that should be classes are none.
+        ForwardError: if the model raises; the message names the batch.
         OverlapError: if the second batches share memory with the first, such as overlapping slices. Copies of the same
             examples cannot be seen: `check_disjoint`.
         NonFiniteCurvatureError: for outputs or factors that are not finite.
@@ -190,4 +193,4 @@ def _assemble(
     problem: Problem, basis: dict[str, BasisPair], values: dict[str, Tensor], examples: float
 ) -> KroneckerCurvature:
     blocks = tuple(KroneckerBlock(layer, basis[layer.name], values[layer.name]) for layer in problem.layers)
-    return KroneckerCurvature(blocks, problem.selection, examples)
+    return KroneckerCurvature(blocks, problem.selection, examples, problem.likelihood)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+import numbers
 from dataclasses import dataclass
 from typing import final
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cheapgrad.errors import LossError
+from cheapgrad.errors import LossError, TargetError
 
 
 class AbstractOutputs(abc.ABC):
@@ -35,6 +36,12 @@ class AbstractOutputs(abc.ABC):
     @abc.abstractmethod
     def sample_targets(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return targets drawn from the likelihood at the given outputs."""
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:  # noqa: B027
+        """Raise if targets are none of this likelihood; nothing is checked here, nor in a subclass that does not.
+
+        Also called where targets have no part in the curvature, since ones that do not fit betray another mistake.
+        """
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the gradient of the negative log-likelihood with respect to the outputs, like `outputs`."""
@@ -61,14 +68,24 @@ class CategoricalOutputs(AbstractOutputs):
 
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the log-probability of class indices `targets`, of the outputs' shape without its last axis."""
+        self.check_targets(outputs, targets)
+        values = -functional.cross_entropy(outputs.flatten(0, -2), targets.flatten().long(), reduction="none")
+        return values.reshape(outputs.shape[0], -1).sum(1)
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise unless the targets are class indices for each position.
+
+        Raises:
+            LossError: if they have another shape or dtype.
+            TargetError: if a class is out of range.
+        """
         if targets.shape != outputs.shape[:-1] or targets.is_floating_point():
             raise LossError(
                 f"class indices for outputs of shape {tuple(outputs.shape)} are whole numbers of shape "
                 f"{tuple(outputs.shape[:-1])}, but got {targets.dtype} of shape {tuple(targets.shape)}; "
                 "put classes on the outputs' last axis"
             )
-        values = -functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
-        return values.reshape(outputs.shape[0], -1).sum(1)
+        check_classes(targets, outputs.shape[-1])
 
     def square_root(self, outputs: Tensor) -> Tensor:
         """Return ``diag(√p) − p √pᵀ``."""
@@ -104,18 +121,25 @@ class GaussianOutputs(AbstractOutputs):
     variance: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.variance) and self.variance > 0):
-            raise LossError(f"the variance of a Gaussian likelihood must be positive, but got {self.variance!r}")
+        is_number = isinstance(self.variance, numbers.Real) and not isinstance(self.variance, bool)
+        if not (is_number and math.isfinite(self.variance) and self.variance > 0):
+            raise LossError(
+                f"the variance of a Gaussian likelihood must be a positive number, but got {self.variance!r}"
+            )
 
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the log-density of `targets`, which have the outputs' shape."""
+        self.check_targets(outputs, targets)
+        squares = (targets - outputs).square() / self.variance + math.log(2 * math.pi * self.variance)
+        return -0.5 * squares.reshape(outputs.shape[0], -1).sum(1)
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise `LossError` unless the targets have the outputs' shape."""
         if targets.shape != outputs.shape:
             raise LossError(
                 f"targets of a Gaussian likelihood have the outputs' shape {tuple(outputs.shape)}, but got "
                 f"{tuple(targets.shape)}"
             )
-        squares = (targets - outputs).square() / self.variance + math.log(2 * math.pi * self.variance)
-        return -0.5 * squares.reshape(outputs.shape[0], -1).sum(1)
 
     def square_root(self, outputs: Tensor) -> Tensor:
         """Return the identity divided by the noise's standard deviation."""
@@ -126,3 +150,15 @@ class GaussianOutputs(AbstractOutputs):
         """Return outputs with noise."""
         noise = torch.randn(outputs.shape, dtype=outputs.dtype, device=outputs.device, generator=generator)
         return outputs + math.sqrt(self.variance) * noise
+
+
+def check_classes(classes: Tensor, count: int) -> None:
+    """Raise `TargetError` unless all entries are whole numbers from 0 to `count` - 1."""
+    is_whole = not (classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool)
+    bad = ((classes < 0) | (classes >= count)) if is_whole else torch.ones_like(classes, dtype=torch.bool)
+    if bad.any():
+        shown = f"{classes[bad].flatten()[0].item()!r} of {classes.dtype}"
+        raise TargetError(
+            f"{int(bad.sum())} of {classes.numel()} targets are no classes: whole numbers from 0 to {count - 1} were "
+            f"expected, but got {shown}; leave out what has no class"
+        )

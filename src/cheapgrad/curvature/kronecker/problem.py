@@ -14,7 +14,7 @@ from cheapgrad.curvature.kronecker.outputs import AbstractOutputs
 from cheapgrad.curvature.kronecker.rows import WeightSharing
 from cheapgrad.curvature.operators.batches import BatchReader
 from cheapgrad.curvature.operators.parameters import ParameterSelection, select_parameters
-from cheapgrad.errors import ModelTypeError, UnsupportedModelError
+from cheapgrad.errors import ModelTypeError, UnsupportedModelError, check_instance, describe_value
 
 
 @final
@@ -27,12 +27,21 @@ class KroneckerOptions:
         sharing: how K-FAC's factors treat positions. The corrected eigenvalues of `ekfac` need no such choice.
         parameters: names of parameters or modules, or tensors; all that require grad by default.
         reader: how a batch becomes outputs, and how much it counts.
+
+    Raises:
+        ArgumentError: if one of them is of another kind, such as the name of a rule.
     """
 
     fisher: AbstractFisher = field(default_factory=ExactFisher)
     sharing: WeightSharing = WeightSharing.EXPAND
     parameters: Iterable[str | Tensor] | None = None
     reader: BatchReader = field(default_factory=BatchReader)
+
+    def __post_init__(self) -> None:
+        """Check the kinds."""
+        check_instance("fisher", self.fisher, AbstractFisher, "use e.g. kronecker.ExactFisher()")
+        check_instance("sharing", self.sharing, WeightSharing, "use WeightSharing.EXPAND or WeightSharing.REDUCE")
+        check_instance("reader", self.reader, BatchReader, "use BatchReader(...)")
 
 
 @final
@@ -62,16 +71,18 @@ def pose_problem(model: nn.Module, likelihood: AbstractOutputs, options: Kroneck
         ModelTypeError: if `model` is no module, or `likelihood` no likelihood.
         UnsupportedModelError: listing the layers that are not supported, or if the reader spreads batches over
             processes.
+        ArgumentError: if `options` are none.
         UnknownNameError: if a chosen parameter is not the model's.
     """
     if not isinstance(model, nn.Module):
-        raise ModelTypeError(f"Kronecker factors are those of a torch.nn.Module, but got a {type(model).__name__}")
+        raise ModelTypeError(f"Kronecker factors are those of a torch.nn.Module, but got {describe_value(model)}")
     if not isinstance(likelihood, AbstractOutputs):
         raise ModelTypeError(
-            f"Kronecker factors need a likelihood such as CategoricalOutputs() or GaussianOutputs(), but got "
-            f"{likelihood!r} of type {type(likelihood).__name__}"
+            "Kronecker factors need a likelihood such as CategoricalOutputs() or GaussianOutputs(), but got "
+            f"{describe_value(likelihood)}"
         )
-    options = options or KroneckerOptions()
+    options = KroneckerOptions() if options is None else options
+    check_instance("options", options, KroneckerOptions, "use KroneckerOptions(...)")
     if options.reader.process_group is not None:
         raise UnsupportedModelError(
             f"Kronecker factors are not summed over processes, but the reader has the group "

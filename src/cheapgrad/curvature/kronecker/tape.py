@@ -16,8 +16,13 @@ from cheapgrad.curvature.kronecker.layers import AbstractLayer, Use
 from cheapgrad.curvature.kronecker.problem import Problem
 from cheapgrad.curvature.kronecker.rows import AbstractRows, join_rows
 from cheapgrad.curvature.operators.batches import Batch
-from cheapgrad.curvature.operators.execution import check_deterministic, differentiable_mode, refuse_draws
-from cheapgrad.errors import LossError, NonFiniteCurvatureError, UnsupportedModelError
+from cheapgrad.curvature.operators.execution import (
+    check_deterministic,
+    differentiable_mode,
+    explain_failure,
+    refuse_draws,
+)
+from cheapgrad.errors import BatchError, LossError, NonFiniteCurvatureError, UnsupportedModelError, describe_value
 
 
 @final
@@ -97,7 +102,10 @@ def record(problem: Problem, batch: Batch) -> Tape:
 
     Raises:
         UnsupportedModelError: if a layer with chosen parameters was not called as a module.
-        LossError: if the outputs are no tensor ``[B, ..., C]``.
+        BatchError: if the batch has no example.
+        ForwardError: if the model raises; the message names the batch.
+        LossError: if the outputs are no tensor ``[B, ..., C]``, or the targets do not fit them.
+        TargetError: if targets that should be classes are none.
         NonFiniteCurvatureError: if they are not finite.
     """
     uses: dict[str, list[Use]] = {layer.name: [] for layer in problem.layers}
@@ -108,8 +116,11 @@ def record(problem: Problem, batch: Batch) -> Tape:
             handle = layer.module.register_forward_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(refuse_draws(problem.model, problem.selection.device))
-        outputs = problem.options.reader.run(problem.model, batch.inputs)
+        what = f"the forward pass of a {type(problem.model).__name__} on batch {batch.index}"
+        with explain_failure(what, inputs=batch.inputs):
+            outputs = problem.options.reader.run(problem.model, batch.inputs)
     _check_outputs(outputs, examples)
+    _check_targets(problem, batch, outputs)
     silent = [f"{layer.name} ({type(layer.module).__name__})" for layer in problem.layers if not uses[layer.name]]
     if silent:
         raise UnsupportedModelError(
@@ -138,11 +149,28 @@ def _note_use(
 
 def _count_examples(batch: Batch) -> int:
     values = batch.inputs
-    if not isinstance(values, Tensor):
-        values = next(
-            value for value in (values.values() if isinstance(values, dict) else values) if isinstance(value, Tensor)
+    items = values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else [values]
+    tensors = [value for value in items if isinstance(value, Tensor) and value.ndim]
+    if not tensors or not tensors[0].shape[0]:
+        raise BatchError(
+            f"inputs must be a tensor with the examples along its first axis, at least one, or a tuple or dict of "
+            f"those, but got {describe_value(tensors[0] if tensors else values)}"
         )
-    return values.shape[0]
+    return tensors[0].shape[0]
+
+
+def _check_targets(problem: Problem, batch: Batch, outputs: Tensor) -> None:
+    """Raise if targets do not fit the outputs, also where they have no part: zeros for each example stand for none."""
+    targets = batch.targets
+    if not isinstance(targets, Tensor):
+        return
+    if targets.ndim == 0 or len(targets) != len(outputs):
+        raise LossError(
+            f"batch {batch.index} has outputs of shape {tuple(outputs.shape)} but targets of shape "
+            f"{tuple(targets.shape)}; give one target for each of the {len(outputs)} examples"
+        )
+    if targets.any():
+        problem.likelihood.check_targets(outputs, targets)
 
 
 def _check_outputs(outputs: Any, examples: int) -> None:

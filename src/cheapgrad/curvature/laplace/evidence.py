@@ -9,8 +9,8 @@ import torch
 
 from cheapgrad.curvature.laplace.posterior import KroneckerLaplace
 from cheapgrad.curvature.operators.batches import Batches
-from cheapgrad.curvature.operators.execution import check_deterministic, differentiable_mode
-from cheapgrad.errors import SingularCurvatureError
+from cheapgrad.curvature.operators.execution import check_deterministic, differentiable_mode, explain_failure
+from cheapgrad.errors import SingularCurvatureError, check_number
 
 # Prior precisions outside of this range are those of a problem without data or without parameters.
 _LOG_RANGE = (math.log(1e-12), math.log(1e15))
@@ -25,14 +25,20 @@ def sum_log_likelihood(posterior: KroneckerLaplace, batches: Any) -> float:
 
     Law:
         The sum over examples, without the prior; batches may have any sizes.
+
+    Raises:
+        LossError: if outputs and targets do not fit.
+        TargetError: if targets that should be classes are none.
+        ForwardError: if the model raises; the message names the batch.
     """
     check_deterministic(posterior.model)
     device = posterior.curvature.device
     total = 0.0
     with differentiable_mode(posterior.model, device), torch.no_grad(), posterior.parameters_at(posterior.mean_P):
         for batch in Batches(batches, posterior.reader, device):
-            outputs = posterior.reader.run(posterior.model, batch.inputs)
-            total += float(posterior.likelihood.log_likelihood(outputs, batch.targets).double().sum())
+            with explain_failure(f"the log-likelihood of batch {batch.index}", inputs=batch.inputs):
+                outputs = posterior.reader.run(posterior.model, batch.inputs)
+                total += float(posterior.likelihood.log_likelihood(outputs, batch.targets).double().sum())
     return total
 
 
@@ -48,7 +54,11 @@ def log_marginal_likelihood(posterior: KroneckerLaplace, log_likelihood: float) 
     Law:
         Exact where the log-likelihood is quadratic in the chosen parameters, θ* the posterior's mode and the curvature
         exact, as in linear regression. Comparable between posteriors with the same parameters and data only.
+
+    Raises:
+        BudgetError: if the log-likelihood is no finite number.
     """
+    check_number("log_likelihood", log_likelihood)
     precision = posterior.curvature.replace_eigenvalues(
         lambda name, values: (posterior.dataset_size * values + posterior.prior_precisions[name]).double()
     )

@@ -14,7 +14,7 @@ from cheapgrad.curvature.kronecker.problem import KroneckerOptions, Problem
 from cheapgrad.curvature.kronecker.tape import Tape, measuring, record
 from cheapgrad.curvature.laplace.posterior import KroneckerLaplace
 from cheapgrad.curvature.operators.batches import Batch, move_to
-from cheapgrad.errors import check_count
+from cheapgrad.errors import check_count, check_instance
 
 
 @final
@@ -85,6 +85,8 @@ def predict_linearised(posterior: KroneckerLaplace, inputs: Any) -> OutputDistri
 
     Raises:
         StochasticModelError: for dropout or batch norm in training mode.
+        BatchError: if there is no example.
+        ForwardError: if the model raises.
 
     References:
         Khan et al. (2019), Approximate inference turns deep networks into Gaussian processes; Immer, Korzepa and Bauer
@@ -110,7 +112,11 @@ def add_noise(distribution: OutputDistribution, likelihood: GaussianOutputs) -> 
 
     Law:
         Noise is independent of the parameters, so that the variances add.
+
+    Raises:
+        ArgumentError: if the likelihood is another one.
     """
+    check_instance("likelihood", likelihood, GaussianOutputs, "classes have no noise to add to their logits")
     size = distribution.covariance.shape[-1]
     noise = likelihood.variance * torch.eye(size, dtype=distribution.mean.dtype, device=distribution.mean.device)
     return OutputDistribution(distribution.mean, distribution.covariance + noise)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import final
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 from cheapgrad.curvature.kronecker.curvature import KroneckerCurvature
 from cheapgrad.curvature.kronecker.outputs import AbstractOutputs
 from cheapgrad.curvature.operators.batches import BatchReader
-from cheapgrad.errors import BudgetError, OperatorError, UnknownNameError, check_count, nearest_match
+from cheapgrad.errors import (
+    BudgetError,
+    OperatorError,
+    UnknownNameError,
+    check_count,
+    check_instance,
+    check_number,
+    nearest_match,
+)
 
 
 @final
@@ -128,7 +137,8 @@ def fit_laplace(
         directions λ is too large along the leading ones, hence the posterior too sure of them.
 
     Raises:
-        OperatorError: if the curvature is not of this kind.
+        OperatorError: if the curvature is not of this kind, or made of another model or likelihood.
+        ArgumentError: if the model, the likelihood or the reader is none.
         BudgetError: if a number is not positive and finite.
         UnknownNameError: if a layer with a prior precision is missing or not known.
 
@@ -150,8 +160,11 @@ def fit_laplace(
             f"a Laplace posterior needs a KroneckerCurvature, from kfac(...) or ekfac(...), but got a "
             f"{type(curvature).__name__}"
         )
-    if isinstance(dataset_size, bool) or not (math.isfinite(dataset_size) and dataset_size > 0):
-        raise BudgetError(f"dataset_size must be positive, but got {dataset_size!r}; use len(dataset)")
+    check_instance("model", model, nn.Module)
+    check_instance("likelihood", likelihood, AbstractOutputs, "use the one that the curvature was made with")
+    reader = BatchReader() if reader is None else reader
+    check_instance("reader", reader, BatchReader, "use BatchReader(...)")
+    dataset_size = check_number("dataset_size", dataset_size, above=0)
     named = dict(model.named_parameters())
     missing = [name for name in curvature.selection.names if name not in named]
     if missing:
@@ -159,9 +172,31 @@ def fit_laplace(
             f"the curvature is about {len(missing)} parameters that the model does not have: {', '.join(missing)}"
             f"{nearest_match(missing[0], named)}"
         )
+    _check_belongs(model, curvature, likelihood)
     mean_P = curvature.selection.flatten([named[name].detach() for name in curvature.selection.names]).clone()
     prior = _spread_prior(prior_precision, [block.layer.name for block in curvature.blocks])
-    return KroneckerLaplace(model, curvature, likelihood, dataset_size, prior, mean_P, reader or BatchReader())
+    return KroneckerLaplace(model, curvature, likelihood, dataset_size, prior, mean_P, reader)
+
+
+def _check_belongs(model: nn.Module, curvature: KroneckerCurvature, likelihood: AbstractOutputs) -> None:
+    """Raise `OperatorError` if the curvature is another model's, or another likelihood's."""
+    modules = dict(model.named_modules())
+    strange = [
+        block.layer.name for block in curvature.blocks if modules.get(block.layer.name) is not block.layer.module
+    ]
+    if strange:
+        raise OperatorError(
+            f"{len(strange)} of {len(curvature.blocks)} layers of the curvature, first {strange[0]!r}, are not those "
+            f"of this {type(model).__name__}, only of the same name; make the curvature of the model itself, not of a "
+            "copy"
+        )
+    own = curvature.likelihood
+    # Likelihoods that are no dataclasses may not know when they are equal.
+    is_same = type(own) is type(likelihood) and (not dataclasses.is_dataclass(own) or own == likelihood)
+    if own is not None and not is_same:
+        raise OperatorError(
+            f"the curvature is that of {own!r}, but the likelihood given is {likelihood!r}; use the same"
+        )
 
 
 def _spread_prior(prior_precision: float | Mapping[str, float], names: list[str]) -> dict[str, float]:
@@ -176,7 +211,8 @@ def _spread_prior(prior_precision: float | Mapping[str, float], names: list[str]
             "or one for each layer"
         )
     for name, value in values.items():
-        if isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (is_number and math.isfinite(value) and value > 0):
             raise BudgetError(
                 f"the prior precision of layer {name!r} must be positive and finite, but got {value!r}; without a "
                 "prior the posterior of directions without curvature is not defined"

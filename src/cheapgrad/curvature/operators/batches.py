@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cheapgrad.errors import BatchError
+from cheapgrad.curvature.operators.unequal_terms import UnequalTerms
+from cheapgrad.errors import BatchError, check_instance, describe_value
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class BatchReader:
             inputs, targets = move_to(given[0], device), move_to(given[1], device)
         else:
             raise BatchError(
-                f"a batch is a pair (inputs, targets) or a dict, but got {_describe(given)}; wrap it, or give a dict "
-                "and BatchReader(predict=...)"
+                f"a batch is a pair (inputs, targets) or a dict, but got {describe_value(given)}; wrap it, or give a "
+                "dict and BatchReader(predict=...)"
             )
         examples = float(self.size(given) if self.size is not None else _leading_size(inputs))
         if not 0 < examples < float("inf"):
@@ -94,24 +95,29 @@ class Batches:
             A list is read once, here; anything else in each pass.
         reader: reads them.
         device: where they are moved to.
+        unequal: refuses batches whose terms do not count alike; None where the loss has no such terms.
 
     Raises:
-        BatchError: if there are none, or they can be gone through once only.
+        BatchError: if there are none, they can be gone through once only, or their terms do not count alike.
     """
 
-    def __init__(self, given: Any, reader: BatchReader, device: torch.device) -> None:
-        self._reader, self._device = reader, device
+    def __init__(
+        self, given: Any, reader: BatchReader, device: torch.device, unequal: UnequalTerms | None = None
+    ) -> None:
+        check_instance("reader", reader, BatchReader, "use BatchReader(...)")
+        self._reader, self._device, self._unequal = reader, device, unequal
         self._held: tuple[Batch, ...] | None = None
         self._source: Iterable[Any] = ()
         if isinstance(given, Mapping) or is_pair(given):
             given = [given]
         if isinstance(given, (tuple, list)):
-            self._held = tuple(reader.read(item, index, device) for index, item in enumerate(given))
+            self._held = tuple(self._read(given))
             if not self._held:
                 raise BatchError("curvature needs at least one batch, but got an empty list")
         elif isinstance(given, Tensor) or not hasattr(given, "__iter__"):
             raise BatchError(
-                f"batches are a pair (inputs, targets), a dict, or an iterable of those, but got {_describe(given)}"
+                "batches are a pair (inputs, targets), a dict, or an iterable of those, but got "
+                f"{describe_value(given)}"
             )
         elif iter(given) is given:
             raise BatchError(
@@ -126,9 +132,9 @@ class Batches:
             yield from self._held
             return
         is_empty = True
-        for index, item in enumerate(self._source):
+        for batch in self._read(self._source):
             is_empty = False
-            yield self._reader.read(item, index, self._device)
+            yield batch
         if is_empty:
             raise BatchError(
                 f"a {type(self._source).__name__} gave no batch; is it exhausted, or smaller than one batch with "
@@ -146,6 +152,16 @@ class Batches:
     def singles(self) -> tuple[Batches, ...]:
         """Return each batch by itself, in memory, with the index it has here."""
         return tuple(self._of((batch,)) for batch in self)
+
+    def _read(self, source: Iterable[Any]) -> Iterator[Batch]:
+        first: float | None = None
+        for index, item in enumerate(source):
+            batch = self._reader.read(item, index, self._device)
+            if self._unequal is not None:
+                share = self._unequal.share_of(batch.targets, batch.examples)
+                first = share if first is None else first
+                self._unequal.compare(first, share, index)
+            yield batch
 
     def _of(self, batches: tuple[Batch, ...]) -> Batches:
         part = copy.copy(self)
@@ -178,11 +194,3 @@ def _leading_size(inputs: Any) -> int:
         f"inputs of type {type(inputs).__name__} hold no tensor whose leading dimension counts the examples; give "
         "BatchReader(size=...)"
     )
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"

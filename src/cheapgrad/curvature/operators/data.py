@@ -18,12 +18,15 @@ from cheapgrad.curvature.operators.execution import (
     check_deterministic,
     check_twice_differentiable,
     differentiable_mode,
+    explain_failure,
     explain_missing,
     is_missing_derivative,
     refuse_draws,
 )
 from cheapgrad.curvature.operators.parameters import select_parameters
-from cheapgrad.errors import BatchError, LossError, ModelTypeError, StaleGraphError
+from cheapgrad.curvature.operators.snapshot import Snapshot
+from cheapgrad.curvature.operators.unequal_terms import UnequalTerms
+from cheapgrad.errors import BatchError, LossError, ModelTypeError, StaleGraphError, check_instance, describe_value
 
 BatchProduct = Callable[[Tensor], Tensor]
 
@@ -41,6 +44,9 @@ class AbstractDataOperator(AbstractOperator):
         reader: how a batch is read and where batches are spread over processes.
     """
 
+    # Whether a mean over batches by the number of their terms is the matrix of all terms together.
+    _sizes_mend_unequal_terms = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -51,14 +57,17 @@ class AbstractDataOperator(AbstractOperator):
         reader: BatchReader | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise ModelTypeError(f"model must be a torch.nn.Module, but got {model!r} of type {type(model).__name__}")
+            raise ModelTypeError(f"model must be a torch.nn.Module, but got {describe_value(model)}")
         _check_loss(loss)
         self._model, self._loss = _unwrap(model), loss
         self._selection = select_parameters(self._model, parameters)
-        self._reader = reader or BatchReader()
-        self._batches = Batches(batches, self._reader, self._selection.device)
+        self._reader = BatchReader() if reader is None else reader
+        check_instance("reader", self._reader, BatchReader, "use BatchReader(...)")
+        unequal = UnequalTerms(loss, self._reader.size is not None and self._sizes_mend_unequal_terms)
+        self._batches = Batches(batches, self._reader, self._selection.device, unequal)
         self._forward = _Forward(self._model, self._reader)
         self._held: dict[int, BatchProduct] = {}
+        self._snapshot: Snapshot | None = None
         self._has_checked_graph = False
 
     @property
@@ -147,8 +156,9 @@ class AbstractDataOperator(AbstractOperator):
         It holds the graph of a forward and a backward pass of every batch, and saves both in every product.
 
         Law:
-            Products equal those of the operator. Parameters that change in place make the next product a
-            `StaleGraphError`; a change through ``parameter.data`` goes unnoticed.
+            Products equal those of the operator. A parameter or buffer of the model that has been changed in place or
+            replaced since, selected or not, makes the next product a `StaleGraphError`; a change in place through
+            ``parameter.data`` goes unnoticed.
         """
         twin = copy.copy(self)
         twin._batches = self._batches.held()
@@ -159,10 +169,12 @@ class AbstractDataOperator(AbstractOperator):
             return torch.zeros(1)
 
         twin._mean(hold, None)
-        twin._held = held
+        twin._held, twin._snapshot = held, Snapshot(self._model)
         return twin
 
     def _multiply(self, columns_PR: Tensor) -> Tensor:
+        if self._snapshot is not None:
+            self._snapshot.check()
         rows_RP = columns_PR.T.contiguous()
         return self._mean(lambda batch: self._product_of(batch, rows_RP), columns_PR).T
 
@@ -207,7 +219,8 @@ class AbstractDataOperator(AbstractOperator):
         """Run the model with `values` in place of the selected parameters and all others held fixed."""
         every = {f"model.{name}": tensor.detach() for name, tensor in self._model.named_parameters()}
         every |= {f"model.{name}": value for name, value in values.items()}
-        with refuse_draws(self._model, self.device):
+        what = f"the forward pass of a {type(self._model).__name__} on batch {batch.index}"
+        with refuse_draws(self._model, self.device), explain_failure(what, inputs=batch.inputs):
             return functional_call(self._forward, every, (batch.inputs,))
 
     def _loss_of(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
@@ -217,7 +230,8 @@ class AbstractDataOperator(AbstractOperator):
         return self._check_depends(loss, batch), list(leaves.values())
 
     def _evaluate_loss(self, outputs: Any, batch: Batch) -> Tensor:
-        loss = self._loss(outputs, batch.targets)
+        with explain_failure(f"the loss of batch {batch.index}", outputs=outputs, targets=batch.targets):
+            loss = self._loss(outputs, batch.targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise LossError(f"loss(outputs, targets) must return a scalar mean over examples, but returned {shape}")
@@ -274,7 +288,7 @@ def _multiply_held(product: BatchProduct, row_P: Tensor) -> Tensor:
         if "modified by an inplace operation" not in str(error):
             raise
         raise StaleGraphError(
-            "parameters have changed in place since linearized() was called, so its graph no longer holds; call "
+            "a tensor of the graph has changed in place since linearized() was called, so it no longer holds; call "
             "linearized() again"
         ) from error
 

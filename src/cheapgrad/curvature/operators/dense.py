@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cheapgrad.curvature.operators.abstract import AbstractOperator
-from cheapgrad.errors import OperatorError
+from cheapgrad.errors import OperatorError, check_instance
 
 
 @final
@@ -28,6 +28,7 @@ class DenseOperator(AbstractOperator):
     """
 
     def __init__(self, matrix: Tensor, *, example_count: float | None = None) -> None:
+        check_instance("matrix", matrix, Tensor, "use torch.as_tensor(matrix)")
         check_square("a dense operator", tuple(matrix.shape))
         if not matrix.is_floating_point():
             raise OperatorError(f"a dense operator needs a floating-point matrix, but got {matrix.dtype}")
@@ -40,6 +41,11 @@ class DenseOperator(AbstractOperator):
             )
         self._matrix_PP = matrix.detach()
         self._example_count = example_count
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix ``[P, P]``."""
+        return self._matrix_PP
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -30,13 +30,16 @@ class EmpiricalFisher(AbstractSandwich):
 
     Law:
         Exact up to rounding. It is not the Fisher matrix, whose targets are drawn from the model (`MonteCarloFisher`);
-        the two agree only where the model fits the data's distribution.
+        the two agree only where the model fits the data's distribution. With class weights or ignored targets, a
+        gradient is that of the example's part in its batch's mean loss, so the matrix belongs to that batch, and
+        batches that differ in this are refused.
 
     Raises:
         StochasticModelError: if a layer draws, or depends on the batch as a whole.
         UnsupportedModelError: if PyTorch lacks a derivative.
         LossError: if the loss is no scalar mean, or the outputs are not one tensor with the examples in front.
-        BatchError: if batches are of no known form.
+        BatchError: if batches are of no known form, or their terms do not count alike.
+        ForwardError: if the model or the loss raises; the message names the batch.
         UnknownNameError: if a parameter is not the model's.
 
     Example:
@@ -50,6 +53,8 @@ class EmpiricalFisher(AbstractSandwich):
     References:
         Kunstner, Balles, Hennig, Limitations of the empirical Fisher approximation, NeurIPS 2019.
     """
+
+    _sizes_mend_unequal_terms = False
 
     def _metric(self, outputs: Tensor, batch: Batch) -> OutputProduct:
         if outputs.ndim == 0:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointError
 
-from cheapgrad.errors import CheapgradError, StochasticModelError, UnsupportedModelError
+from cheapgrad.errors import CheapgradError, ForwardError, StochasticModelError, UnsupportedModelError, describe_value
 from cheapgrad.exactness import forced_exact
 
 _DROPOUTS = nn.modules.dropout._DropoutNd
@@ -62,6 +64,37 @@ def refuse_draws(model: nn.Module, device: torch.device) -> Iterator[None]:
             f"the forward pass of a {type(model).__name__} draws random numbers, so its curvature is another at every "
             "call; call model.eval(), or set the dropout of attention and recurrent layers to 0"
         )
+
+
+@contextlib.contextmanager
+def explain_failure(what: str, **values: Any) -> Iterator[None]:
+    """Turn an error of the user's model or loss into one that says where it happened and on what.
+
+    Args:
+        what: ran inside, e.g. ``"the loss of batch 3"``.
+        values: that it ran on, by the words for them.
+
+    Raises:
+        ForwardError: with the original as its cause. Our own errors, missing derivatives, which others explain, and
+            exhausted memory pass as they are.
+    """
+    try:
+        yield
+    except (CheapgradError, CheckpointError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if is_missing_derivative(error):
+            raise
+        shapes = ", ".join(f"{name}: {_describe_shapes(value)}" for name, value in values.items())
+        raise ForwardError(f"{what} raised {type(error).__name__}: {error} ({shapes})") from error
+
+
+def _describe_shapes(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_describe_shapes(item)}" for key, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return ", ".join(_describe_shapes(item) for item in value)
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else describe_value(value)
 
 
 def check_deterministic(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cheapgrad.curvature.operators.abstract import AbstractOperator
 from cheapgrad.curvature.operators.dense import DenseOperator, check_square
-from cheapgrad.errors import OperatorError, ShapeError
+from cheapgrad.errors import OperatorError, ShapeError, describe_value
 
 
 @final
@@ -36,6 +36,11 @@ class ForeignOperator(AbstractOperator):
             raise OperatorError(
                 f"curvature is real, but a {type(matrix).__name__} of {self._dtype} was given; convert it to float64"
             )
+
+    @property
+    def matrix(self) -> Any:
+        """What was given."""
+        return self._matrix
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,7 +105,7 @@ def as_operator(
     missing = [name for name in ("shape", "__matmul__") if not hasattr(matrix, name)]
     if missing:
         raise OperatorError(
-            f"an operator has a shape and multiplies with @, but got {matrix!r} of type {type(matrix).__name__}, "
-            f"which has no {' and no '.join(missing)}; pass a tensor, a SciPy LinearOperator or an AbstractOperator"
+            f"an operator has a shape and multiplies with @, but got {describe_value(matrix)}, which has no "
+            f"{' and no '.join(missing)}; pass a tensor, a SciPy LinearOperator or an AbstractOperator"
         )
     return ForeignOperator(matrix, dtype, device)

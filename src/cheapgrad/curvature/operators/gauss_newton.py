@@ -34,7 +34,8 @@ class GaussNewton(AbstractSandwich):
         StochasticModelError: if a layer draws, or depends on the batch as a whole.
         UnsupportedModelError: if PyTorch lacks a derivative.
         LossError: if the loss is no scalar mean, or the outputs are not one tensor.
-        BatchError: if batches are of no known form.
+        BatchError: if batches are of no known form, or their terms do not count alike.
+        ForwardError: if the model or the loss raises; the message names the batch.
         UnknownNameError: if a parameter is not the model's.
 
     Example:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cheapgrad.curvature.operators.batches import Batch, BatchReader
+from cheapgrad.curvature.operators.execution import explain_failure
 from cheapgrad.curvature.operators.likelihoods import AbstractLikelihood, as_likelihood
 from cheapgrad.curvature.operators.sandwich import AbstractSandwich, OutputProduct
-from cheapgrad.errors import check_count
+from cheapgrad.errors import NonFiniteCurvatureError, check_count, check_instance
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class MonteCarloFisher(AbstractSandwich):
         LossError: if the loss is none of those, or the outputs are not one tensor.
         StochasticModelError: if a layer draws, or depends on the batch as a whole.
         UnsupportedModelError: if PyTorch lacks a derivative.
-        BatchError: if batches are of no known form.
+        BatchError: if batches are of no known form, or their terms do not count alike.
+        ForwardError: if the model or the loss raises; the message names the batch.
+        NonFiniteCurvatureError: if the outputs are not finite.
         UnknownNameError: if a parameter is not the model's.
 
     Example:
@@ -86,12 +89,19 @@ class MonteCarloFisher(AbstractSandwich):
         draws: Draws | None = None,
     ) -> None:
         self._likelihood = as_likelihood(loss)
-        self._draws = draws or Draws()
+        self._draws = Draws() if draws is None else draws
+        check_instance("draws", self._draws, Draws, "use e.g. Draws(count=4)")
         super().__init__(model, self._likelihood, batches, parameters=parameters, reader=reader)
 
     def _metric(self, outputs: Tensor, batch: Batch) -> OutputProduct:
         generator = torch.Generator(outputs.device).manual_seed(self._seed_of(batch))
-        roots = [self._likelihood.draw_root(outputs, batch.targets, generator) for _ in range(self._draws.count)]
+        if not torch.isfinite(outputs).all():
+            raise NonFiniteCurvatureError(
+                f"{int((~torch.isfinite(outputs)).sum())} of {outputs.numel()} outputs for batch {batch.index} are not "
+                "finite, so no targets can be drawn; look at the model's parameters and inputs"
+            )
+        with explain_failure(f"drawing targets for batch {batch.index}", outputs=outputs, targets=batch.targets):
+            roots = [self._likelihood.draw_root(outputs, batch.targets, generator) for _ in range(self._draws.count)]
         axes = self._likelihood.term_axes(outputs)
 
         def multiply(tangent: Tensor) -> Tensor:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cheapgrad.errors import OperandError, ShapeError, UnknownNameError, UnsupportedModelError, nearest_match
+from cheapgrad.errors import (
+    ArgumentError,
+    OperandError,
+    ShapeError,
+    UnknownNameError,
+    UnsupportedModelError,
+    describe_value,
+    nearest_match,
+)
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,12 @@ def select_parameters(model: nn.Module, wanted: Iterable[str | Tensor] | None) -
 
     Raises:
         UnknownNameError: if a name is neither a parameter's nor a module's, or a tensor is no parameter of the model.
+        ArgumentError: if `wanted` holds something else than names and tensors.
         UnsupportedModelError: if a parameter is sharded, or nothing is left.
         OperandError: if the parameters differ in dtype or device, or are not real.
     """
+    if wanted is not None and not isinstance(wanted, (str, Tensor)):
+        wanted = _list_wanted(wanted)
     named = dict(model.named_parameters())
     names = (
         [name for name, tensor in named.items() if tensor.requires_grad]
@@ -90,6 +102,17 @@ def select_parameters(model: nn.Module, wanted: Iterable[str | Tensor] | None) -
             "part of them with parameters=[...], or convert the model"
         )
     return ParameterSelection(tuple(names), tuple(tensor.shape for tensor in tensors), *next(iter(kinds)))
+
+
+def _list_wanted(wanted: Iterable[str | Tensor]) -> list[str | Tensor]:
+    items: list[Any] = list(wanted) if isinstance(wanted, Iterable) else [wanted]
+    strange = [item for item in items if not isinstance(item, (str, Tensor))]
+    if strange:
+        raise ArgumentError(
+            f"parameters are names of parameters or modules, or tensors, but got {describe_value(strange[0])}; for a "
+            'module give its name, e.g. parameters=["head"], or list(module.parameters())'
+        )
+    return items
 
 
 def _resolve(named: dict[str, nn.Parameter], wanted: list[str | Tensor]) -> list[str]:

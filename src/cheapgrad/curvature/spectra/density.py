@@ -13,7 +13,10 @@ from torch import Tensor
 from cheapgrad.curvature.operators import AbstractOperator
 from cheapgrad.curvature.spectra.estimates import ScalarEstimate, summarize_draws
 from cheapgrad.curvature.spectra.probes import check_probes, draw_normals
-from cheapgrad.errors import BudgetError, check_count
+from cheapgrad.errors import BudgetError, NonFiniteCurvatureError, ShapeError, check_count, describe_value
+
+# A squared component of an eigenvector below this is rounding.
+_NO_WEIGHT = 1e-28
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,27 @@ class SpectralDensity:
         Law:
             Exact in expectation for polynomials of a degree below twice the steps; for others the error of the
             quadrature falls exponentially with the steps where the function is smooth on the spectrum.
+
+        Raises:
+            ShapeError: if the function does not return a tensor of the shape it was given.
+            NonFiniteCurvatureError: if it is not finite at a node.
         """
-        sums_R = (self.weights * function(self.nodes)).sum(1)
+        values_RK = function(self.nodes)
+        if not isinstance(values_RK, Tensor) or values_RK.shape != self.nodes.shape:
+            raise ShapeError(
+                f"the function must return a value for each eigenvalue, shape {tuple(self.nodes.shape)}, but returned "
+                f"{describe_value(values_RK)}"
+            )
+        # Nodes without weight only fill up the rows, and may lie where the function is not defined.
+        terms_RK = torch.where(self.weights > _NO_WEIGHT, self.weights * values_RK, 0.0)
+        if not torch.isfinite(terms_RK).all():
+            node = float(self.nodes[~torch.isfinite(terms_RK)][0])
+            raise NonFiniteCurvatureError(
+                f"the function is not finite at {int((~torch.isfinite(terms_RK)).sum())} of {terms_RK.numel()} nodes, "
+                f"first at {node:.6g}; it has to be defined from {float(self.nodes.min()):.6g} to "
+                f"{float(self.nodes.max()):.6g}"
+            )
+        sums_R = terms_RK.sum(1)
         return summarize_draws(self.dimension * sums_R, self.products, "spectral_density")
 
     def evaluate(self, points: Tensor, *, width: float | None = None) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def xtrace(operator: Any, *, products: int = 48, generator: torch.Generator | No
     """
     operator = check_probes(operator, "products", products, minimum=4)
     count = products // 2
-    check_within(operator, "products // 2", count)
+    check_within(operator, "products", products, share=2)
     small = _restrict(_draw_sketch(operator, count, generator))
     value = float(_trace_terms(small).mean())
     shorter = torch.stack([_trace_terms(_drop(small, index)).mean() for index in range(count)]).double()
@@ -157,7 +157,7 @@ def xdiag(operator: Any, *, products: int = 48, generator: torch.Generator | Non
     """
     operator = check_probes(operator, "products", products, minimum=4)
     count = products // 2
-    check_within(operator, "products // 2", count)
+    check_within(operator, "products", products, share=2)
     sketch = _draw_sketch(operator, count, generator)
     coordinates_KK = sketch.basis_PK.T @ sketch.images_PK
     whole_KK = torch.eye(count, dtype=coordinates_KK.dtype, device=coordinates_KK.device)

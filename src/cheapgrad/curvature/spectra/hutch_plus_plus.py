@@ -39,7 +39,7 @@ def hutch_plus_plus(operator: Any, *, products: int = 48, generator: torch.Gener
     """
     operator = check_probes(operator, "products", products, minimum=6)
     third = products // 3
-    check_within(operator, "products // 3", third)
+    check_within(operator, "products", products, share=3)
     basis_PR, _ = torch.linalg.qr(operator @ draw_signs(operator, third, generator))
     inside = (basis_PR * (operator @ basis_PR)).sum()
     signs_PR = draw_signs(operator, third, generator)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cheapgrad.curvature.operators import AbstractOperator, as_operator
 from cheapgrad.curvature.spectra.krylov import KrylovSpace
 from cheapgrad.curvature.spectra.probes import check_within
-from cheapgrad.errors import BudgetError, NotConvergedWarning, check_count
+from cheapgrad.errors import BudgetError, NotConvergedWarning, check_count, check_instance
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,12 @@ def top_eigenpairs(operator: Any, count: int = 1, *, settings: LanczosSettings |
         Lanczos, An iteration method for the solution of the eigenvalue problem, 1950; Parlett, The symmetric eigenvalue
         problem, chapters 13 (residual bounds) and 13.12 (blocks).
     """
-    return _iterate(operator, count, settings or LanczosSettings(), lambda values: values.argsort(descending=True))
+    return _iterate(
+        operator,
+        count,
+        settings,
+        lambda values: values.argsort(descending=True),
+    )
 
 
 def bottom_eigenpairs(operator: Any, count: int = 1, *, settings: LanczosSettings | None = None) -> Eigenpairs:
@@ -131,7 +136,7 @@ def bottom_eigenpairs(operator: Any, count: int = 1, *, settings: LanczosSetting
         BudgetError: if the count is not from 1 to the number of parameters.
         OperatorError: if the matrix turns out not to be symmetric.
     """
-    return _iterate(operator, count, settings or LanczosSettings(), lambda values: values.argsort())
+    return _iterate(operator, count, settings, lambda values: values.argsort())
 
 
 def top_singular_values(operator: Any, count: int = 1, *, settings: LanczosSettings | None = None) -> Eigenpairs:
@@ -150,12 +155,19 @@ def top_singular_values(operator: Any, count: int = 1, *, settings: LanczosSetti
         OperatorError: if the matrix turns out not to be symmetric.
     """
     pairs = _iterate(
-        operator, count, settings or LanczosSettings(), lambda values: values.abs().argsort(descending=True)
+        operator,
+        count,
+        settings,
+        lambda values: values.abs().argsort(descending=True),
     )
     return Eigenpairs(pairs.values.abs(), pairs.vectors, pairs.residuals, pairs.products, pairs.converged)
 
 
-def _iterate(matrix: Any, count: int, settings: LanczosSettings, order: Callable[[Tensor], Tensor]) -> Eigenpairs:
+def _iterate(
+    matrix: Any, count: int, settings: LanczosSettings | None, order: Callable[[Tensor], Tensor]
+) -> Eigenpairs:
+    settings = LanczosSettings() if settings is None else settings
+    check_instance("settings", settings, LanczosSettings, "use LanczosSettings(...)")
     operator = as_operator(matrix)
     check_count("count", count)
     check_within(operator, "count", count)

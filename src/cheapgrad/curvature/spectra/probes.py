@@ -25,12 +25,13 @@ def check_probes(matrix: Any, name: str, count: int, minimum: int = 2) -> Abstra
     return as_operator(matrix)
 
 
-def check_within(operator: AbstractOperator, name: str, count: int) -> None:
-    """Raise `BudgetError` if more vectors are asked for than the space has dimensions."""
-    if count > operator.shape[0]:
+def check_within(operator: AbstractOperator, name: str, count: int, share: int = 1) -> None:
+    """Raise `BudgetError` if one of so many shares of a count of vectors exceeds the space's dimensions."""
+    size = operator.shape[0]
+    if count // share > size:
+        each = f"{share} for each of the {size} dimensions" if share > 1 else f"the {size} dimensions"
         raise BudgetError(
-            f"{name}={count} is more than the {operator.shape[0]} dimensions of the matrix; use at most that many, or "
-            "operator.to_dense()"
+            f"{name}={count} is more than {each} of the matrix; use at most {share * size}, or operator.to_dense()"
         )
 
 

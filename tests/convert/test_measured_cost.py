@@ -58,3 +58,16 @@ def test_measuring_leaves_the_conversion_as_it_was():
     handle.revert()
     with pytest.raises(ConversionError, match="reverted already"):
         handle.measure_cost(x)
+
+
+def test_layer_that_carries_the_flops_of_a_chain_is_named():
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8), nn.Tanh())
+    handle = cheapgrad.approximate(model, cheapgrad.Rule(cotangent=RowSample(keep=0.5)), skip_small=False)
+    cost = handle.measure_cost(torch.randn(16, 16))
+    rows = {row.name: row for row in cost.rows}
+    [ends] = [name for name, row in rows.items() if row.after.backward_flops]
+    [remark] = [remark for remark in cost.remarks if "chain" in remark]
+    assert f"all their backward FLOPs stand with the last: {ends!r}; compare the totals" in remark
+    alone = nn.Linear(16, 32)
+    handle = cheapgrad.approximate(alone, cheapgrad.Rule(cotangent=RowSample(keep=0.5)), skip_small=False)
+    assert not any("chain" in remark for remark in handle.measure_cost(torch.randn(16, 16)).remarks)

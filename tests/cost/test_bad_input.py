@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 import cheapgrad
+from cheapgrad.cost import measure_forward_mode, measure_held_bytes, peak_memory
 from cheapgrad.cost._autograd_state import saving_hooks
 from cheapgrad.errors import (
+    ArgumentError,
     BackwardError,
     FakeModelError,
     ForwardError,
@@ -73,15 +75,21 @@ class Survives(nn.Module):
 
 
 def test_model_that_is_no_module():
-    with pytest.raises(ModelTypeError, match=r"needs a torch.nn.Module, but got .* of type function"):
+    with pytest.raises(ModelTypeError, match=r"needs a torch.nn.Module as its first argument, but got a function"):
         cheapgrad.scan(lambda x: x, torch.ones(2))
+    with pytest.raises(ModelTypeError, match=r"but got a Tensor of shape \(2, 3\); to scan"):
+        cheapgrad.scan(torch.ones(2, 3), nn.Linear(3, 2))
 
 
 def test_inputs_that_do_not_fit_the_signature():
-    with pytest.raises(InputsError, match=r"do not fit Linear.forward\(input.*got 2 positional inputs and no keywords"):
+    with pytest.raises(
+        InputsError, match=r"do not fit Linear.forward\(input.*got 2 positional inputs and no keywords$"
+    ):
         cheapgrad.scan(nn.Linear(8, 4), torch.ones(2, 8), torch.ones(2, 8))
-    with pytest.raises(InputsError, match=r"got 0 positional inputs and attention_mask keywords"):
+    with pytest.raises(InputsError, match="got no positional inputs and 1 keyword: attention_mask"):
         cheapgrad.scan(nn.Linear(8, 4), attention_mask=torch.ones(2, 8))
+    with pytest.raises(InputsError, match="got 1 positional input and no keywords"):
+        cheapgrad.scan(nn.Bilinear(8, 4, 2), torch.ones(2, 8))
 
 
 def test_inputs_of_a_wrong_shape_name_the_module_and_the_inputs():
@@ -116,6 +124,74 @@ def test_batch_given_as_a_dictionary_gets_a_hint():
         cheapgrad.scan(nn.Linear(8, 4), {"input": torch.ones(2, 8)})
 
 
+def test_batch_given_as_a_tuple_gets_a_hint():
+    with pytest.raises(ForwardError, match=r"a tuple or list of inputs goes in as scan\(model, \*batch\)"):
+        cheapgrad.scan(nn.Linear(8, 4), (torch.ones(2, 8),))
+
+
+def test_forward_that_asks_for_a_value_gets_a_hint():
+    class Asks(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (1 if x.sum().item() > 0 else 2)
+
+    match = (
+        r"in '\(model\)' \(Asks\) DataDependentOutputException: .*; this depends on values.*: scan without fake=True"
+    )
+    with pytest.raises(ForwardError, match=match):
+        cheapgrad.scan(Asks(8, 4), torch.ones(2, 8), fake=True)
+    with pytest.raises(ForwardError, match=r"the loss raised .*: scan without fake=True"):
+        cheapgrad.scan(
+            nn.Linear(8, 4), torch.ones(2, 8), fake=True, loss=lambda output: output.sum() * output.sum().item()
+        )
+
+
+def test_option_that_a_model_swallows_is_remarked_on():
+    class Open(nn.Linear):
+        def forward(self, x, **kwargs):
+            return super().forward(x)
+
+    report = cheapgrad.scan(Open(8, 4), torch.ones(2, 8), loss_=torch.sum, mask=None)
+    [remark] = report.remarks
+    assert remark.startswith("'loss_' went to the model's forward")
+    assert remark.endswith("option is called 'loss'")
+
+
+def test_memory_error_passes_as_it_is():
+    def loss(output):
+        raise MemoryError("full")
+
+    class Full(nn.Linear):
+        def forward(self, x):
+            raise MemoryError("full")
+
+    for model, options in ((nn.Linear(8, 4), {"loss": loss}), (Full(8, 4), {})):
+        with pytest.raises(MemoryError, match="full"):
+            cheapgrad.scan(model, torch.ones(2, 8), **options)
+
+
+def test_loss_that_is_no_function():
+    with pytest.raises(
+        ArgumentError, match=r"loss must be a function of the model's output, but got a Tensor of shape \(\)"
+    ):
+        cheapgrad.scan(nn.Linear(8, 4), torch.ones(2, 8), loss=torch.ones(()))
+
+
+def test_value_in_place_of_a_step_is_refused():
+    with pytest.raises(
+        ArgumentError, match=r"step must be a function without arguments, but got a Tensor of shape \(2,\)"
+    ):
+        peak_memory(torch.ones(2))
+    with pytest.raises(
+        ArgumentError, match=r"function must be a function .* got a Tensor of shape \(2,\); write e.g. lambda"
+    ):
+        measure_held_bytes(torch.ones(2))
+
+
+def test_forward_mode_names_the_inputs_that_do_not_fit():
+    with pytest.raises(ForwardError, match=r"RuntimeError: mat1 and mat2 .*; the inputs were float32\[2, 9\] on cpu"):
+        measure_forward_mode(nn.Linear(8, 4), torch.ones(2, 9), directions=2)
+
+
 def test_loss_that_raises():
     def loss(output):
         raise ValueError("no labels")
@@ -127,7 +203,7 @@ def test_loss_that_raises():
 
 
 def test_loss_that_is_no_tensor():
-    with pytest.raises(ForwardResultError, match=r"the loss returned 3.0 of type float"):
+    with pytest.raises(ForwardResultError, match=r"the loss returned a float 3\.0"):
         cheapgrad.scan(nn.Linear(8, 4), torch.ones(2, 8), loss=lambda output: 3.0)
 
 

@@ -17,7 +17,7 @@ from cheapgrad.cost import CheapGradient, cheap_gradient, scan
 from cheapgrad.cost._aten_formulas import aten_formulas
 from cheapgrad.cost.cheap_gradient import _FACTORS
 from cheapgrad.cost.formulas import operation_name
-from cheapgrad.errors import BudgetError
+from cheapgrad.errors import ArgumentError, BudgetError, RecordError, UnknownNameError
 from tests.cost.operators import define_operator
 
 WIDTH = 8
@@ -260,6 +260,32 @@ def test_factor_that_is_none_is_refused(factor):
     report = scan(nn.Linear(2, 2), torch.ones(1, 2))
     with pytest.raises(BudgetError, match=rf"mylib::op must be .* at least 1, but got {factor!r}"):
         cheap_gradient(report, factors={"mylib::op": factor})
+
+
+def test_factor_of_an_operation_without_flops_is_refused():
+    report = scan(nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True))
+    with pytest.raises(UnknownNameError, match=r"'aten::admm', of which the report has no FLOPs: .*mean 'aten::addmm'"):
+        cheap_gradient(report, factors={"aten::admm": 3.0})
+    with pytest.raises(UnknownNameError, match="it ran without a formula, see register_formula"):
+        cheap_gradient(report, factors={"aten::sum": 3.0})
+    with pytest.raises(ArgumentError, match="factors must be of type Mapping, but got a list of 1; write"):
+        cheap_gradient(report, factors=[3])
+
+
+def test_factor_that_is_exceeded_is_said_to_be():
+    report = scan(nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True))
+    found = cheap_gradient(report, factors={"aten::addmm": 1.0})
+    assert found.holds is False
+    assert "EXCEEDED by aten::addmm, so that this is no bound" in str(found)
+    assert "EXCEEDED" not in str(cheap_gradient(report))
+
+
+def test_damaged_record_is_refused():
+    data = cheap_gradient(scan(nn.Linear(2, 2), torch.ones(1, 2))).to_dict()
+    with pytest.raises(RecordError, match=r"rows\[0\] lacks 'tangent'"):
+        CheapGradient.from_dict(
+            {**data, "rows": [{"operation": "aten::mm", "forward_flops": 1, "backward_flops": 1, "stated": 3}]}
+        )
 
 
 def test_model_without_counted_operations_has_nothing_to_bound():

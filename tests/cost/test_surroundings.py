@@ -206,3 +206,41 @@ def test_lazy_modules_are_initialised_but_not_without_data():
         cheapgrad.scan(model, x, fake=True)
     assert cheapgrad.scan(model, x).total.forward_flops == 2 * ROWS * 8 * 4
     assert cheapgrad.scan(model, x, fake=True).total.parameters == 8 * 4 + 4 + 2 * 4
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_layers_that_ran_without_a_graph_are_remarked_on(wants_gradient):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(checkpoint(self.inner, x, use_reentrant=True))
+
+    with warnings.catch_warnings():
+        # PyTorch's own, which does not name the layer.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
+        report = cheapgrad.scan(Model(), torch.randn(ROWS, 8, requires_grad=wants_gradient))
+    assert (report.row("inner").backward_flops > 0) == wants_gradient
+    if wants_gradient:
+        assert report.remarks == ()
+    else:
+        [remark] = report.remarks
+        assert remark.startswith("parameters of 'inner' (Linear) require a gradient and got none")
+
+
+def test_both_kinds_of_checkpoint_hold_the_same_bytes():
+    def model(use_reentrant):
+        class Model(nn.Module):
+            def forward(self, x):
+                return checkpoint(torch.tanh, x, use_reentrant=use_reentrant)
+
+        return Model()
+
+    x = torch.randn(ROWS, 8, requires_grad=True)
+    for use_reentrant in (False, True):
+        # The states of random generators are left out, whoever keeps them.
+        assert cheapgrad.scan(model(use_reentrant), x).total.saved_bytes == x.nbytes
+        held = measure_held_bytes(lambda reentrant=use_reentrant: model(reentrant)(x))
+        assert held.total_bytes == x.nbytes

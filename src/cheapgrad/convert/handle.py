@@ -15,7 +15,7 @@ from cheapgrad.convert.predictions import predict_sizes, predict_variances
 from cheapgrad.convert.scopes import close_scopes
 from cheapgrad.convert.sketched_layer import Probe, SketchedLayer, Switch, sketched_class
 from cheapgrad.convert.summary import render_summary
-from cheapgrad.cost import CostComparison, compare, scan
+from cheapgrad.cost import CostComparison, CostReport, compare, scan
 from cheapgrad.errors import (
     ConversionError,
     ModelTypeError,
@@ -215,7 +215,8 @@ class Handle:
         # Not this handle's own switch: a copy of the model, as a scan without data makes one, does not share it.
         with forced_exact():
             exact = scan(self.model, *inputs, loss=loss, fake=fake, **kwargs)
-        return compare(exact, scan(self.model, *inputs, loss=loss, fake=fake, **kwargs))
+        sketched = scan(self.model, *inputs, loss=loss, fake=fake, **kwargs)
+        return _remark_on_chains(compare(exact, sketched), sketched)
 
     def summary(self) -> str:
         """Return the table of converted and skipped layers with predicted bytes, FLOPs and relative variance."""
@@ -251,6 +252,21 @@ def _check_own_class(name: str, module: SketchedLayer) -> None:
 
 def _describe(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _remark_on_chains(comparison: CostComparison, sketched: CostReport) -> CostComparison:
+    """Return the comparison with the layers named that carry the backward FLOPs of others."""
+    ends = [
+        cost.module for cost in sketched.operations if cost.operation.endswith("ChainFunction") and cost.backward_flops
+    ]
+    if not ends:
+        return comparison
+    shown = ", ".join(map(repr, ends[:3])) + (f" and {len(ends) - 3} more" if len(ends) > 3 else "")
+    remark = (
+        f"after: layers in a chain run backward as one, and all their backward FLOPs stand with the last: {shown}; "
+        "compare the totals"
+    )
+    return dataclasses.replace(comparison, remarks=(*comparison.remarks, remark))
 
 
 def get_handle(model: nn.Module) -> Handle:

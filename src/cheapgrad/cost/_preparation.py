@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,22 +16,30 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from cheapgrad.cost._saved_tensors import list_owned_tensors, list_tensors
-from cheapgrad.errors import FakeModelError, InputsError, MetaTensorError, ModelTypeError
+from cheapgrad.errors import (
+    ArgumentError,
+    FakeModelError,
+    InputsError,
+    MetaTensorError,
+    ModelTypeError,
+    describe_value,
+)
 
 
 def check_arguments(model: object, inputs: tuple[Any, ...], kwargs: dict[str, Any], fake: bool) -> None:
     """Refuse what cannot be scanned, before anything runs."""
     if not isinstance(model, nn.Module):
         raise ModelTypeError(
-            f"scan needs a torch.nn.Module, but got {model!r} of type {type(model).__name__}; to scan a function, wrap "
-            "it in a module"
+            f"scan needs a torch.nn.Module as its first argument, but got {describe_value(model)}; to scan a function, "
+            "wrap it in a module"
         )
     try:
         inspect.signature(model.forward).bind(*inputs, **kwargs)
     except TypeError as error:
         raise InputsError(
             f"the inputs do not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {error}; got "
-            f"{len(inputs)} positional inputs and {', '.join(kwargs) or 'no'} keywords"
+            f"{_count(len(inputs), 'positional input')} and {_count(len(kwargs), 'keyword')}{': ' * bool(kwargs)}"
+            f"{', '.join(kwargs)}"
         ) from error
     except ValueError:
         # Built-in callables have no signature.
@@ -45,6 +54,27 @@ def check_arguments(model: object, inputs: tuple[Any, ...], kwargs: dict[str, An
                 f"{name} is on the meta device and has no data; pass fake=True to scan without data, or move the model "
                 "and its inputs to a device"
             )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'s' * (number != 1)}"
+
+
+def check_callable(name: str, value: object, advice: str) -> None:
+    """Refuse what cannot be called where a function is needed."""
+    if not callable(value):
+        raise ArgumentError(f"{name} must be a function without arguments, but got {describe_value(value)}; {advice}")
+
+
+def find_mistyped_options(model: nn.Module, kwargs: dict[str, Any], options: Iterable[str]) -> list[tuple[str, str]]:
+    """Return keywords that the model takes whatever their name, with the option of ours that each resembles."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except ValueError:
+        return []
+    named = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+    near = [(name, difflib.get_close_matches(name, options, n=1, cutoff=0.7)) for name in kwargs if name not in named]
+    return [(name, found[0]) for name, found in near if found]
 
 
 def detach_inputs(values: Any) -> Any:

@@ -19,6 +19,8 @@ StorageKey = tuple[torch.device, int]
 # Most tensors are of these classes, and have one storage.
 _PLAIN = (Tensor, nn.Parameter)
 _DENSE = torch.strided
+# Where a reentrant checkpoint keeps the states of random generators.
+_RANDOM_STATES = frozenset({"fwd_cpu_state", "fwd_device_states", "fwd_gpu_states"})
 
 
 class Parcel:
@@ -155,7 +157,11 @@ def walk_graph(result: object) -> Iterator[Any]:
 def hidden_tensors(node: Any) -> Iterator[Tensor]:
     """Yield the tensors that a custom autograd node keeps as plain attributes, out of sight of the hooks."""
     # Only nodes of custom functions have a dictionary: it is their context.
-    return list_tensors(getattr(node, "__dict__", {}), into_dataclasses=False)
+    kept = getattr(node, "__dict__", {})
+    if node.name() == "CheckpointFunctionBackward":
+        # A checkpoint that is not reentrant keeps the states of random generators as well, where nobody sees them.
+        kept = {name: value for name, value in kept.items() if name not in _RANDOM_STATES}
+    return list_tensors(kept, into_dataclasses=False)
 
 
 def list_tensors(value: object, *, into_dataclasses: bool = True) -> Iterator[Tensor]:
@@ -171,3 +177,12 @@ def list_tensors(value: object, *, into_dataclasses: bool = True) -> Iterator[Te
     elif into_dataclasses and dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             yield from list_tensors(getattr(value, field.name))
+
+
+def describe_tensors(value: object) -> str:
+    """Return dtypes, shapes and devices of the tensors in a value, for messages."""
+    texts = [
+        f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
+        for tensor in list_tensors(value)
+    ]
+    return ", ".join(texts) or "no tensors"

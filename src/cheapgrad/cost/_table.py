@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from cheapgrad.cost.report import CostReport, Figures
 from cheapgrad.cost.units import format_bytes, format_flops
+from cheapgrad.errors import check_count
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from cheapgrad.cost.comparison import CostComparison
+
+T = TypeVar("T")
 
 _WIDTH = 140
 
@@ -21,7 +24,7 @@ def render_report(report: CostReport, top: int | None) -> str:
     """Return the modules that cost anything as plain text, those that hold most first."""
     rows = [row for row in report.rows if row.flops or row.saved_bytes]
     rows.sort(key=lambda row: (-row.saved_bytes, -row.flops))
-    shown = rows if top is None else rows[: max(top, 0)]
+    shown = _first(rows, top)
     table = new_table("module", "kind", "calls", "parameters", "held", "forward", "backward", "recomputed", "÷ forward")
     for row in shown:
         table.add_row(row.name or "(model)", row.kind, str(row.calls), *_cells(row))
@@ -37,6 +40,11 @@ def render_report(report: CostReport, top: int | None) -> str:
         notes.append(f"not counted, a few steps for each element: {', '.join(_bare(name) for name in small)}")
     headline = "one step, without data" if report.fake else "one step"
     return "\n".join([f"{headline}: own figures of each module", to_text(table), *notes, *report.remarks])
+
+
+def _first(lines: list[T], top: int | None) -> list[T]:
+    """Return the first lines; all if `top` is None or 0, as on the command line."""
+    return lines if top is None or check_count("top", top, minimum=0) == 0 else lines[:top]
 
 
 def new_table(*headers: str) -> Table:
@@ -80,7 +88,7 @@ def render_comparison(comparison: CostComparison, top: int | None) -> str:
     nothing = Figures()
     pairs = [(row.name, row.before or nothing, row.after or nothing) for row in comparison.rows]
     pairs.sort(key=lambda pair: (pair[2].saved_bytes - pair[1].saved_bytes, pair[2].flops - pair[1].flops))
-    shown = pairs if top is None else pairs[: max(top, 0)]
+    shown = _first(pairs, top)
     table = new_table("module", "", "held", "forward", "backward", "recomputed")
     for name, before, after in shown:
         table.add_row(name or "(model)", "", *_changes(before, after))

@@ -25,12 +25,16 @@ class OutputNotes:
     def __init__(self, modules: int) -> None:
         self.output_bytes = [0] * modules
         self.dtypes: list[set[torch.dtype]] = [set() for _ in range(modules)]
+        # The modules that returned a tensor with a graph.
+        self.with_graph: set[int] = set()
 
     def add(self, number: int, output: Any) -> None:
         """Take in the output of one call."""
         for tensor in list_tensors(output):
             self.output_bytes[number] += tensor.numel() * tensor.element_size()
             self.dtypes[number].add(tensor.dtype)
+            if tensor.requires_grad:
+                self.with_graph.add(number)
 
 
 class _Sums:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from cheapgrad.cost._reading import read_record
 from cheapgrad.cost.report import CostReport
 from cheapgrad.cost.units import format_flops
-from cheapgrad.errors import BudgetError
+from cheapgrad.errors import BudgetError, UnknownNameError, check_instance, nearest_match
 
 
 class Factors(NamedTuple):
@@ -143,15 +144,8 @@ class CheapGradient:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CheapGradient:
-        """Return the record that `to_dict` wrote."""
-        return cls(
-            **{
-                **data,
-                "rows": tuple(OperationFactor(**row) for row in data["rows"]),
-                "unstated": tuple(data["unstated"]),
-                "uncounted": tuple(data["uncounted"]),
-            }
-        )
+        """Return the record that `to_dict` wrote; `RecordError` if it is none."""
+        return read_record(cls, data)
 
     def __str__(self) -> str:
         lines = [f"{'operation':<48}{'forward':>14}{'backward':>14}{'measured':>10}{'at most':>9}"]
@@ -164,6 +158,12 @@ class CheapGradient:
         measured = "nothing" if self.measured is None else f"{self.measured:.3f}"
         bound = "unknown" if self.bound is None else f"{self.bound:.3f}"
         lines.append(f"forward and backward in units of forward: measured {measured}, at most {bound}")
+        exceeded = [row for row in self.rows if row.stated is not None and row.measured > row.stated * (1 + 1e-12)]
+        if exceeded:
+            lines.append(
+                f"EXCEEDED by {', '.join(row.operation for row in exceeded)}, so that this is no bound: a factor that "
+                "was given is too small"
+            )
         if self.uncounted:
             lines.append(f"without a formula, and in no figure: {', '.join(self.uncounted)}")
         return "\n".join(lines)
@@ -180,6 +180,7 @@ def cheap_gradient(report: CostReport, *, factors: Mapping[str, float] | None = 
     Args:
         report: what `cheapgrad.scan` returned.
         factors: ω of operations that have none here, such as custom ones; by name as in the report, each at least 1.
+            One that is exceeded by what ran is said to be, when the result is printed.
 
     Returns:
         Factor by operation, stated and measured; the bound that follows for this model, and what was measured.
@@ -191,7 +192,9 @@ def cheap_gradient(report: CostReport, *, factors: Mapping[str, float] | None = 
         which autograd computes as if it were dense. Nothing is said of time: bytes moved have their own factor.
 
     Raises:
+        ArgumentError: `report` is no report, or `factors` no dictionary.
         BudgetError: a factor given is not a number of at least 1.
+        UnknownNameError: a factor is given for an operation that has no FLOPs in the report.
 
     Example:
         >>> import torch
@@ -206,7 +209,18 @@ def cheap_gradient(report: CostReport, *, factors: Mapping[str, float] | None = 
         Boustany, Pauwels, Pesquet-Popescu, "On the complexity of nonsmooth automatic differentiation", ICLR 2023, for
         programs with kinks. Their unit is the scalar operation, ours the tensor operation, and the factors are ours.
     """
+    check_instance("report", report, CostReport, "give what cheapgrad.scan(model, batch) returned")
+    if factors is not None:
+        check_instance("factors", factors, Mapping, "write e.g. {'mylib::fused': 3.0}")
     given = {name: _check_factor(name, factor) for name, factor in (factors or {}).items()}
+    counted = {cost.operation for cost in report.operations if cost.forward_flops or cost.backward_flops}
+    for name in given:
+        if name not in counted:
+            reason = "it ran without a formula, see register_formula" if name in report.uncounted else "it has not run"
+            raise UnknownNameError(
+                f"a factor was given for {name!r}, of which the report has no FLOPs: {reason}"
+                f"{nearest_match(str(name), counted)}"
+            )
     rows = _add_up_operations(report, given)
     forward = sum(row.forward_flops for row in rows)
     unstated = tuple(row.operation for row in rows if row.stated is None)

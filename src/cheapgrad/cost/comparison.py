@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cheapgrad.cost._reading import read_record
 from cheapgrad.cost.report import CostReport, Figures
+from cheapgrad.errors import check_instance
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,21 @@ class CostComparison:
         """Return the comparison that `to_dict` was called on.
 
         Args:
-            data: what it returned, also after a journey through JSON.
+            data: what it returned, also after a journey through JSON; what else stands in it is left alone.
+
+        Raises:
+            RecordError: the data are no comparison, or a damaged one; the message names the field.
         """
-        rows = [ModuleChange(row["name"], _read(row["before"]), _read(row["after"])) for row in data["rows"]]
-        return cls(tuple(rows), Figures(**data["before"]), Figures(**data["after"]), tuple(data["remarks"]))
+        return read_record(cls, data, kind="cheapgrad.comparison")
 
     def table(self, top: int | None = 20) -> str:
         """Return the modules as a table, those that save most bytes first.
 
         Args:
-            top: number of lines; None for all.
+            top: number of lines; None or 0 for all.
+
+        Raises:
+            BudgetError: `top` is no whole number, or negative.
         """
         from cheapgrad.cost._table import render_comparison
 
@@ -77,10 +84,6 @@ class CostComparison:
 
     def __str__(self) -> str:
         return self.table()
-
-
-def _read(data: Mapping[str, Any] | None) -> Figures | None:
-    return None if data is None else Figures(**data)
 
 
 def compare(before: CostReport, after: CostReport) -> CostComparison:
@@ -93,6 +96,9 @@ def compare(before: CostReport, after: CostReport) -> CostComparison:
     Returns:
         The own figures of every module in both, and the totals.
 
+    Raises:
+        ArgumentError: one of them is no report.
+
     >>> import torch
     >>> from cheapgrad.cost import scan
     >>> layer, rows_NI = torch.nn.Linear(8, 4), torch.ones(32, 8)
@@ -101,6 +107,8 @@ def compare(before: CostReport, after: CostReport) -> CostComparison:
     >>> compare(exact, frozen).saved_bytes_fraction
     0.0
     """
+    for name, report in (("before", before), ("after", after)):
+        check_instance(name, report, CostReport, "give what cheapgrad.scan or CostReport.from_dict returned")
     first = {row.name: row.figures for row in before.rows}
     second = {row.name: row.figures for row in after.rows}
     names = [*first, *(name for name in second if name not in first)]

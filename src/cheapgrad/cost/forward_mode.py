@@ -12,10 +12,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from cheapgrad.cost._reading import read_record
+from cheapgrad.cost._saved_tensors import describe_tensors
 from cheapgrad.cost.cheap_gradient import cheap_gradient
 from cheapgrad.cost.formulas import count_flops, find_formula
 from cheapgrad.cost.report import CostReport
-from cheapgrad.errors import ForwardModeError, ForwardResultError, ModelTypeError, check_count
+from cheapgrad.errors import (
+    CheapgradError,
+    ForwardError,
+    ForwardModeError,
+    ForwardResultError,
+    ModelTypeError,
+    check_count,
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,8 @@ class ForwardModeCost:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ForwardModeCost:
-        """Return the record that `to_dict` wrote."""
-        return cls(**data)
+        """Return the record that `to_dict` wrote; `RecordError` if it is none."""
+        return read_record(cls, data)
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,8 @@ class ForwardModeMeasurement:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ForwardModeMeasurement:
-        """Return the record that `to_dict` wrote."""
-        return cls(**data)
+        """Return the record that `to_dict` wrote; `RecordError` if it is none."""
+        return read_record(cls, data)
 
 
 def predict_forward_mode(report: CostReport, directions: int = 1) -> ForwardModeCost:
@@ -162,6 +171,7 @@ def measure_forward_mode(
     Raises:
         ModelTypeError: `model` is not a module.
         BudgetError: `directions` is not a whole number of at least 1.
+        ForwardError: the forward pass or the loss raised; the cause is the original.
         ForwardResultError: the model, or the loss, returns no tensor.
         ForwardModeError: an operation of the model has no forward mode (an LSTM on the CPU, say).
 
@@ -195,7 +205,7 @@ def measure_forward_mode(
     with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         alone = _FlopCount()
         with alone:
-            function(*primals)
+            _run_alone(function, primals, (inputs, kwargs))
         tangents = tree_map(
             lambda tensor: torch.randn(directions, *tensor.shape, dtype=tensor.dtype, device=tensor.device), primals
         )
@@ -203,6 +213,19 @@ def measure_forward_mode(
         with together:
             _push_forward(function, primals, tangents)
     return ForwardModeMeasurement(directions, alone.flops, together.flops)
+
+
+def _run_alone(function: Callable[..., Tensor], primals: Any, given: object) -> None:
+    """Run the function itself, so that what fails here is not laid at the door of forward mode."""
+    try:
+        function(*primals)
+    except (CheapgradError, MemoryError):
+        raise
+    except Exception as error:
+        raise ForwardError(
+            f"the forward pass or the loss raised {type(error).__name__}: {error}; the inputs were "
+            f"{describe_tensors(given)}"
+        ) from error
 
 
 def _push_forward(function: Callable[..., Tensor], primals: Any, tangents: Any) -> None:

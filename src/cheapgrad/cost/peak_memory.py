@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cheapgrad.cost._preparation import check_callable
 from cheapgrad.cost._saved_tensors import StorageKey, list_storages, list_tensors, storage_key
 
 
@@ -54,11 +55,15 @@ def peak_memory(step: Callable[[], object], *, device: torch.device | str | None
         it is not taken off. What a step leaves behind (gradients, the state of an optimizer) is in the peak of the run
         that makes it, and live before the next.
 
+    Raises:
+        ArgumentError: `step` is no function, such as a loss that is computed already.
+
     Example:
         >>> import torch
         >>> peak_memory(lambda: torch.ones(1000).exp().sum()).peak_bytes
         8000
     """
+    check_callable("step", step, "write e.g. lambda: loss_function(model(x), y).backward()")
     place = _choose_device(device)
     if place.type == "cuda":
         return _measure_allocator(step, place)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cheapgrad.cost._reading import read_record
 from cheapgrad.errors import UnknownNameError, nearest_match
 
 # The name of the row for what runs outside of all modules: the loss, and operations on outputs.
@@ -145,23 +146,21 @@ class CostReport:
         """Return the report that `to_dict` was called on.
 
         Args:
-            data: what it returned, also after a journey through JSON.
+            data: what it returned, also after a journey through JSON; what else stands in it is left alone.
+
+        Raises:
+            RecordError: the data are no report, or a damaged one; the message names the field.
         """
-        return cls(
-            rows=tuple(_read_row(row) for row in data["rows"]),
-            total=Figures(**data["total"]),
-            operations=tuple(OperationCost(**operation) for operation in data["operations"]),
-            uncounted=tuple(data["uncounted"]),
-            unknown=data["unknown"],
-            remarks=tuple(data["remarks"]),
-            fake=data["fake"],
-        )
+        return read_record(cls, data, kind="cheapgrad.scan")
 
     def table(self, top: int | None = 20) -> str:
         """Return the modules as a table, those that hold most first.
 
         Args:
-            top: number of lines; None for all modules that ran.
+            top: number of lines; None or 0 for all modules that ran.
+
+        Raises:
+            BudgetError: `top` is no whole number, or negative.
         """
         from cheapgrad.cost._table import render_report
 
@@ -169,7 +168,3 @@ class CostReport:
 
     def __str__(self) -> str:
         return self.table()
-
-
-def _read_row(data: Mapping[str, Any]) -> ModuleCost:
-    return ModuleCost(**{**data, "dtypes": tuple(data["dtypes"]), "inclusive": Figures(**data["inclusive"])})

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.autograd.graph import saved_tensors_hooks
 
 from cheapgrad.cost._ledger import Ledger
@@ -17,13 +18,21 @@ from cheapgrad.cost._preparation import (
     check_arguments,
     detach_inputs,
     fake_copies,
+    find_mistyped_options,
     has_compiled_parts,
     undisturbed,
 )
-from cheapgrad.cost._saved_tensors import key_storages, list_owned_tensors, list_tensors
+from cheapgrad.cost._saved_tensors import describe_tensors, key_storages, list_owned_tensors, list_tensors
 from cheapgrad.cost._writing import OutputNotes, write_report
 from cheapgrad.cost.report import CostReport
-from cheapgrad.errors import BackwardError, FormulaError, ForwardError, ForwardResultError
+from cheapgrad.errors import (
+    ArgumentError,
+    BackwardError,
+    FormulaError,
+    ForwardError,
+    ForwardResultError,
+    describe_value,
+)
 
 _NO_GRADIENT = "nothing that the model or the loss returned requires a gradient: there was no backward pass"
 _NO_WORKSPACE = (
@@ -34,6 +43,11 @@ _FOREIGN_HOOKS = (
     "some tensors were saved under hooks of the model's own, such as save_on_cpu: bytes held are those of what the "
     "hooks keep in their place, on whichever device, as far as it is made of tensors"
 )
+_NO_PARAMETER_GRADIENT = (
+    "parameters of {} require a gradient and got none, so that backward figures are without them: they ran without a "
+    "graph (in a reentrant checkpoint whose input requires no gradient, or under no_grad)"
+)
+_MISTYPED = "{!r} went to the model's forward, which takes any keyword; the scan's own option is called {!r}"
 _SELECTIVE = "what checkpoints with contexts of their own (selective ones) keep is not among the bytes held"
 
 
@@ -65,7 +79,7 @@ def scan(
     Returns:
         The report; its remarks say what its figures are without. Gradients, the values of buffers and torch's random
         state are as before; what the forward pass assigns to the model's attributes, or initialises, stays. Converted
-        models draw as in training.
+        models draw as in training. Hooks on tensors and modules run, as in any step.
 
     Law:
         Exact: the figures of all rows add up to the total, and the total equals `torch.utils.flop_counter` wherever
@@ -73,6 +87,7 @@ def scan(
         memory (`peak_memory`). Not for forward passes that take gradients by `torch.func`: those allow no hooks.
 
     Raises:
+        ArgumentError: `loss` is no function.
         ModelTypeError: `model` is not a module.
         InputsError: the inputs do not fit the signature of the model's forward.
         MetaTensorError: a parameter, buffer or input has no data, and `fake` is not set.
@@ -93,6 +108,8 @@ def scan(
         ('aten::relu', 'aten::sum', 'aten::threshold_backward')
     """
     check_arguments(model, inputs, kwargs, fake)
+    if loss is not None and not callable(loss):
+        raise ArgumentError(f"loss must be a function of the model's output, but got {describe_value(loss)}")
     with contextlib.ExitStack() as stack:
         if fake:
             model, inputs, kwargs = stack.enter_context(fake_copies(model, inputs, kwargs))
@@ -113,8 +130,12 @@ def scan(
         savings, leaves = ledger.end_forward((output, targets), owned)
         gradients.set_aside(leaves)
         _run_backward(targets, tracker)
+        without_gradient = _list_without_gradient(tracker, outputs) if targets else ""
+    mistyped = find_mistyped_options(model, kwargs, ("loss", "fake"))
     remarks = {
+        **{_MISTYPED.format(*pair): True for pair in mistyped},
         _NO_GRADIENT: not targets,
+        _NO_PARAMETER_GRADIENT.format(without_gradient): bool(without_gradient),
         _NO_WORKSPACE: fake and ledger.has_run("aten::mkldnn_rnn_layer"),
         _COMPILED: is_compiled,
         _FOREIGN_HOOKS: ledger.has_foreign_hooks,
@@ -135,10 +156,10 @@ def _run_forward(
     """Return the model's output, and the tensors that are differentiated."""
     try:
         output = model(*inputs, **kwargs)
-    except FormulaError:
+    except (FormulaError, MemoryError):
         raise
     except Exception as error:
-        raise ForwardError(_describe_failure(error, tracker, (inputs, kwargs))) from error
+        raise ForwardError(_describe_failure(error, tracker, inputs, kwargs)) from error
     if not any(True for _ in list_tensors(output)):
         raise ForwardResultError(
             f"the model returned {type(output).__name__}, in which no tensor was found; let it return tensors, or "
@@ -148,10 +169,15 @@ def _run_forward(
         return output, _choose_targets(output)
     try:
         value = loss(output)
+    except (FormulaError, MemoryError):
+        raise
     except Exception as error:
-        raise ForwardError(f"the loss raised {type(error).__name__}: {error}") from error
+        raise ForwardError(
+            f"the loss raised {type(error).__name__}: {error}{_advise_on_values(error)}; the output was "
+            f"{describe_tensors(output)}"
+        ) from error
     if not isinstance(value, Tensor):
-        raise ForwardResultError(f"the loss returned {value!r} of type {type(value).__name__}; let it return a tensor")
+        raise ForwardResultError(f"the loss returned {describe_value(value)}; let it return a tensor")
     return output, [value] if value.requires_grad else []
 
 
@@ -169,7 +195,7 @@ def _run_backward(targets: list[Tensor], tracker: ModuleTracker) -> None:
         return
     try:
         torch.autograd.backward(targets, [torch.ones_like(target) for target in targets])
-    except FormulaError:
+    except (FormulaError, MemoryError):
         raise
     except Exception as error:
         number = tracker.find_failure(error)
@@ -177,14 +203,37 @@ def _run_backward(targets: list[Tensor], tracker: ModuleTracker) -> None:
         raise BackwardError(f"the backward pass raised{place} {type(error).__name__}: {error}") from error
 
 
-def _describe_failure(error: Exception, tracker: ModuleTracker, values: object) -> str:
+def _list_without_gradient(tracker: ModuleTracker, outputs: OutputNotes) -> str:
+    """Return the modules that ran without a graph though their parameters want gradients; at most three by name."""
+    names = [
+        tracker.describe(number)
+        for number, module in enumerate(tracker.modules)
+        if tracker.calls[number] and number not in outputs.with_graph and _waits_for_gradients(module)
+    ]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _waits_for_gradients(module: nn.Module) -> bool:
+    """Tell whether a module's own parameters require gradients and none has got one."""
+    wanting = [own for own in module._parameters.values() if own is not None and own.requires_grad]
+    return bool(wanting) and all(own.grad is None for own in wanting)
+
+
+def _describe_failure(error: Exception, tracker: ModuleTracker, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     number = tracker.find_failure(error)
     place = "" if number is None else f" in {tracker.describe(number)}"
-    shapes = ", ".join(
-        f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
-        for tensor in list_tensors(values)
+    text = (
+        f"the forward pass raised{place} {type(error).__name__}: {error}{_advise_on_values(error)}; the inputs were "
+        f"{describe_tensors((inputs, kwargs))}"
     )
-    text = f"the forward pass raised{place} {type(error).__name__}: {error}; the inputs were {shapes or 'no tensors'}"
-    if any(isinstance(value, Mapping) for value in values[0]):  # type: ignore[index] - the positional ones
+    if any(isinstance(value, Mapping) for value in inputs):
         text += "; a batch that is a dictionary of arguments goes in as scan(model, **batch)"
+    elif any(isinstance(value, (tuple, list)) for value in inputs):
+        text += "; a batch that is a tuple or list of inputs goes in as scan(model, *batch)"
     return text
+
+
+def _advise_on_values(error: Exception) -> str:
+    """Return what to do where a program asked a fake tensor for its value."""
+    asked = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
+    return "; this depends on values, which fake tensors have not: scan without fake=True" if asked else ""

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from cheapgrad.convert import Handle, LayerRecord, Rule, approximate, get_handle
     from cheapgrad.cost import CostReport, scan
     from cheapgrad.ops.cross_entropy import linear_cross_entropy
-    from cheapgrad.planning import Plan, plan
+    from cheapgrad.planning import Controller, Plan, plan
 
 _ROOMS = ("auditing", "cost", "curvature", "errors", "kinks", "ops", "planning", "recipes", "sketch", "testing")
 # Public name -> the room it comes from.
 _NAMES = {
     "AuditReport": "auditing",
+    "Controller": "planning",
     "CostReport": "cost",
     "Handle": "convert",
     "LayerRecord": "convert",
@@ -38,6 +39,7 @@ _NAMES = {
 
 __all__ = [
     "AuditReport",
+    "Controller",
     "CostReport",
     "Handle",
     "LayerRecord",

@@ -219,6 +219,10 @@ class NondeterministicLossError(CheapgradError, RuntimeError):
     """The same batch gave two losses although torch's random state was the same, so nothing can be compared."""
 
 
+class ControlError(CheapgradError, ValueError):
+    """A controller was given a target out of range, has nothing to control, or measures nothing."""
+
+
 class MissingExtraError(CheapgradError, ImportError):
     """An optional dependency is missing; the message names the pip extra that brings it."""
 

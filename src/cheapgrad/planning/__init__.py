@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from cheapgrad.planning.adam_correction import adam_learning_rate_factor
+from cheapgrad.planning.controller import Controller, ControlRecord
+from cheapgrad.planning.controller_law import NoiseSchedule
 from cheapgrad.planning.frontier import Frontier, Option, Point
 from cheapgrad.planning.local_quadratic import LocalQuadratic
 from cheapgrad.planning.make_plan import plan
@@ -9,14 +12,18 @@ from cheapgrad.planning.record import Plan, PlanFigures, PlannedLayer
 from cheapgrad.planning.tradeoff import Tradeoff, tradeoff
 
 __all__ = [
+    "ControlRecord",
+    "Controller",
     "Frontier",
     "LocalQuadratic",
+    "NoiseSchedule",
     "Option",
     "Plan",
     "PlanFigures",
     "PlannedLayer",
     "Point",
     "Tradeoff",
+    "adam_learning_rate_factor",
     "plan",
     "tradeoff",
 ]

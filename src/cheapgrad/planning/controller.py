@@ -1,0 +1,352 @@
+"""The controller: keeps the noise of sketched rows at a target while a model trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from cheapgrad.convert import Handle
+from cheapgrad.errors import ControlError, check_count, check_fraction
+from cheapgrad.planning.adam_correction import adam_learning_rate_factor
+from cheapgrad.planning.controller_law import NoiseSchedule, check_noise, find_shift, predict_noise, shift_keep
+from cheapgrad.planning.controller_trial import KEEPS, TOTALS, Trial, TrialDesign
+from cheapgrad.sketch import LayerShape, RowSample
+
+# A trial at each of the first steps, then at every second one, then at every `every`-th.
+_DENSE_STEPS, _HALF_DENSE_STEPS = 8, 32
+# What is known before a trial: noise over the predicted noise, and how many trials' worth that is.
+_USUAL_CALIBRATION, _USUAL_WEIGHT = 1.2, 8.0
+_CALIBRATIONS = (0.5, 4.0)
+# Memory: of the calibration, which moves slowly, in trials; of the cotangents' sizes, in trials and looks.
+_CALIBRATION_TRIALS, _LAYER_TRIALS, _CURVE_TRIALS = 16, 6, 4
+# The sampled half of a trial is noisier than the target by this factor, so that the difference can be seen.
+_TRIAL_FACTOR = 4.0
+# Memory of the trend of those sizes; how many times the trend a trial may weigh, as a logarithm.
+_TREND_TRIALS, _LARGEST_WEIGHT = 4, 2.0
+_MISSES_ALLOWED = 3
+# Looks at the cotangents' sizes between two trials.
+_LOOKS = 16
+
+
+@dataclass(frozen=True)
+class ControlRecord:
+    """What the controller knew and did after a trial.
+
+    Attributes:
+        step: optimizer steps made.
+        target: ω asked for at this step.
+        noise: ω estimated at the budgets that were in force.
+        calibration: measured noise over what the draws alone predict: how far noise grows on its way down.
+        keep: mean of the keep fractions chosen.
+    """
+
+    step: int
+    target: float
+    noise: float
+    calibration: float
+    keep: float
+
+
+class Controller:
+    r"""Keep added variance at a fraction of the mini-batch variance, by moving the keep fractions of row samples.
+
+    In a trial, every `every`-th step, half of the examples keep all their rows. Halves are chosen by fair coins between
+    examples of nearly equal cotangents, so the mean squared size of the others' weight gradients is larger by the
+    added variance alone, however many layers it came through. No pass is added and the gradient stays unbiased. The
+    difference calibrates what the draws' own law ``Σ (1/p_n - 1) s_n²`` predicts from the same cotangents for every
+    budget; all budgets are then shifted together, by a common factor of their odds.
+
+    Args:
+        handle: of a model with `RowSample` on the cotangent of some layers.
+        noise: target ω = added variance ÷ mini-batch variance, or a `NoiseSchedule`.
+        every: steps between trials, at least 1, after the first ones, which follow closely.
+        least_keep: no keep fraction falls below it, in (0, 1].
+        seed: of the coins; the same on every rank.
+        process_group: whose ranks share what they measured, as their gradients are averaged; the default group if
+            there is one.
+
+    **Law** Call ``step()`` after each optimizer step. The difference of the halves is unbiased for the variance of
+    sketched rows on the weights of linear layers, where examples do not see each other (batch norm) and rows come
+    example by example. It does not see the noise of stored codes, nor that on norms, biases and convolutions. What is
+    kept is the mean over a window of trials, with a weak pull to `1.2` times the law's prediction.
+
+    Raises:
+        ControlError: no layer samples rows of its cotangent, or a number out of range.
+        BudgetError: if `every` or `least_keep` is out of range.
+
+    >>> import torch, cheapgrad
+    >>> from cheapgrad.sketch import RowSample
+    >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 256))
+    >>> handle = cheapgrad.approximate(model, cheapgrad.Rule(cotangent=RowSample(keep=0.5)))
+    >>> controller = cheapgrad.Controller(handle, noise=0.05)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> for _ in range(3):
+    ...     optimizer.zero_grad()
+    ...     model(torch.randn(64, 256)).square().mean().backward()
+    ...     optimizer.step()
+    ...     controller.step()
+    >>> controller.keep > 0.5
+    True
+
+    References:
+        Variance-controlled adaptive sampling (arXiv:2402.17227) keeps the same ratio by extra passes every few hundred
+        steps. Ours compares halves of a batch, adds no pass, and needs no trainer.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        noise: float | NoiseSchedule = 0.05,
+        *,
+        every: int = 32,
+        least_keep: float = 0.05,
+        seed: int = 0,
+        process_group: Any = None,
+    ) -> None:
+        self._schedule = noise if isinstance(noise, NoiseSchedule) else None
+        self._noise = noise.first if isinstance(noise, NoiseSchedule) else check_noise("noise", noise)
+        self._every = check_count("every", every)
+        self._least_keep = check_fraction("least_keep", least_keep)
+        self._seed = check_count("seed", seed, minimum=0)
+        self._handle = handle
+        self._group = process_group
+        self._base = {name: value for name, value in handle.strategies().items() if isinstance(value, RowSample)}
+        if not self._base:
+            raise ControlError(
+                "no converted layer samples rows of its cotangent, so there is nothing to control; convert with e.g. "
+                "cheapgrad.Rule(cotangent=cheapgrad.sketch.RowSample(keep=0.5))"
+            )
+        self._step = 0
+        self._shift = 0.0
+        self._misses = 0
+        self._measured: float | None = None
+        self._totals = torch.zeros(len(TOTALS), dtype=torch.float64)
+        self._log_size: float | None = None
+        self._curves: dict[str, Tensor] = {}
+        self._layers: dict[str, Tensor] = {}
+        self._trial: Trial | None = None
+        self.history: list[ControlRecord] = []
+        self._prepare()
+
+    @property
+    def target(self) -> float:
+        """ω asked for at the present step."""
+        return self._noise if self._schedule is None else self._schedule.target(self._step)
+
+    @property
+    def noise(self) -> float | None:
+        """Estimate of ω at the present budgets; None before the first trial."""
+        return self._measured
+
+    @property
+    def keeps(self) -> dict[str, float]:
+        """Keep fraction of every controlled layer, outside of trials."""
+        return self._keeps(self._shift)
+
+    @property
+    def keep(self) -> float:
+        """Mean of `keeps`."""
+        return sum(self.keeps.values()) / len(self._base)
+
+    @property
+    def calibration(self) -> float:
+        """Measured noise over what the draws alone predict; near 1 where the noise of a layer reaches no other."""
+        gain, predicted = float(self._totals[1]), float(self._totals[2])
+        value = (gain + _USUAL_WEIGHT * _USUAL_CALIBRATION) / (predicted + _USUAL_WEIGHT)
+        return min(max(value, _CALIBRATIONS[0]), _CALIBRATIONS[1])
+
+    @property
+    def adam_learning_rate_factor(self) -> float:
+        """Factor that undoes what the added variance takes from Adam's step; see `adam_learning_rate_factor`."""
+        return adam_learning_rate_factor(self._measured or 0.0)
+
+    def step(self) -> None:
+        """Take in what the backward passes since the last call showed, and set the budgets of the next step.
+
+        Raises:
+            ControlError: if several trials in a row showed nothing; the message says why.
+            ConversionError: if the handle was reverted.
+        """
+        if self._trial is not None:
+            self._take_in(self._trial)
+        self._step += 1
+        self._prepare()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next steps depend on, as tensors and plain data.
+
+        To be taken after `step`; with the model's, the optimizer's and torch's random state, training goes on bit for
+        bit as it would have.
+        """
+        return {
+            "step": self._step,
+            "shift": self._shift,
+            "misses": self._misses,
+            "noise": self._measured,
+            "log_size": self._log_size,
+            "totals": self._totals.clone(),
+            "curves": {layer: curve.clone() for layer, curve in self._curves.items()},
+            "layers": {layer: pair.clone() for layer, pair in self._layers.items()},
+            "keeps": {layer: strategy.keep for layer, strategy in self._base.items()},
+            "history": [dataclasses.asdict(record) for record in self.history],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `state_dict` returned, with a handle that was made by the same rules.
+
+        Raises:
+            ControlError: if the state is of other layers, or no state of a controller.
+        """
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ControlError(f"this is no state of a controller: {', '.join(sorted(missing))} is missing")
+        keeps = {layer: strategy.keep for layer, strategy in self._base.items()}
+        if state["keeps"] != keeps:
+            raise ControlError(
+                f"the state is of keep fractions {_few(state['keeps'])} as converted, but this handle's are "
+                f"{_few(keeps)}; convert the model by the rules it was trained with"
+            )
+        self._step, self._shift, self._misses = state["step"], state["shift"], state["misses"]
+        self._measured, self._log_size = state["noise"], state["log_size"]
+        self._totals = state["totals"].clone().cpu()
+        self._curves = {layer: curve.clone().cpu() for layer, curve in state["curves"].items()}
+        self._layers = {layer: pair.clone().cpu() for layer, pair in state["layers"].items()}
+        self.history = [ControlRecord(**record) for record in state["history"]]
+        self._prepare()
+
+    def _keeps(self, shift: float) -> dict[str, float]:
+        return {name: shift_keep(value.keep, shift, self._least_keep) for name, value in self._base.items()}
+
+    def _is_trial(self) -> bool:
+        if self._misses or self._step < _DENSE_STEPS:
+            return True
+        return self._step % (2 if self._step < _HALF_DENSE_STEPS else self._every) == 0
+
+    def _prepare(self) -> None:
+        """Set the strategies of the next step."""
+        self._trial, keeps = None, self.keeps
+        if self._is_trial():
+            self._trial = Trial(self._seed + 0x9E3779B1 * (self._step + 1), self._count_examples)
+            keeps = self._keeps(self._find_shift(_TRIAL_FACTOR * self.target) if self._curves else self._shift)
+        elif self._step < _HALF_DENSE_STEPS or self._step % max(1, self._every // _LOOKS) == 0:
+            self._trial = Trial(0, self._count_examples, frozenset(self._curves))
+        elif self._is_set():
+            return
+        designs = {
+            name: value.design
+            if self._trial is None
+            else TrialDesign(value.design, self._trial, name, self.keeps[name])
+            for name, value in self._base.items()
+        }
+        self._handle.replace_strategies(
+            {
+                name: dataclasses.replace(value, keep=keeps[name], design=designs[name])
+                for name, value in self._base.items()
+            }
+        )
+
+    def _is_set(self) -> bool:
+        present, keeps = self._handle.strategies(), self.keeps
+        return all(
+            isinstance(value := present.get(name), RowSample)
+            and value.keep == keeps[name]
+            and not isinstance(value.design, TrialDesign)
+            for name in self._base
+        )
+
+    def _count_examples(self) -> int | None:
+        """Return B of the last forward pass: the fewest blocks that any controlled layer's rows form."""
+        sizes = self._handle.seen_sizes()
+        counts = [
+            shape.examples
+            for name in self._base
+            for shape in (sizes[name] if isinstance(sizes[name], tuple) else (sizes[name],))
+            if isinstance(shape, LayerShape)
+        ]
+        return min(counts, default=None)
+
+    def _take_in(self, trial: Trial) -> None:
+        totals, curves, layers = self._share(trial)
+        if trial.compares and totals[0] == 0:
+            self._misses += 1
+            if self._misses >= _MISSES_ALLOWED:
+                raise ControlError(
+                    f"{self._misses} trials in a row measured nothing: {trial.obstacle}. Call controller.step() once "
+                    "after each optimizer step, train eagerly and in training mode, with the batch as the first axis"
+                )
+            return
+        if not curves:
+            return
+        if trial.compares:
+            self._misses = 0
+            self._totals = self._totals * (1 - 1 / _CALIBRATION_TRIALS) + totals
+            self._curves = {layer: curve for layer, curve in self._curves.items() if layer in curves}
+            kept = 1 - 1 / _LAYER_TRIALS
+            self._layers = {layer: pair + kept * self._layers.get(layer, 0) for layer, pair in layers.items()}
+        self._add_curves(curves)
+        used = self._noise_at(self._shift)
+        self._shift = self._find_shift(self.target)
+        self._measured = self._noise_at(self._shift)
+        self.history.append(ControlRecord(self._step, self.target, used, self.calibration, self.keep))
+
+    def _add_curves(self, curves: dict[str, Tensor]) -> None:
+        """Add curves to those of earlier trials, each in units of how large cotangents are at the time.
+
+        Batches keep their weight in the mean over batches, while the trend, by orders of magnitude in a training, is
+        taken out.
+        """
+        log_size = math.log(max(sum(float(curve[-1]) for curve in curves.values()), 1e-300))
+        trend = log_size if self._log_size is None else self._log_size
+        self._log_size = trend + (log_size - trend) / _TREND_TRIALS
+        kept = 1 - 1 / _CURVE_TRIALS
+        for layer, curve in curves.items():
+            scaled = curve * math.exp(min(log_size - trend, _LARGEST_WEIGHT) - log_size)
+            self._curves[layer] = scaled + kept * self._curves[layer] if layer in self._curves else scaled
+
+    def _share(self, trial: Trial) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Return the trial's sums over all ranks."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return trial.totals, trial.curves, trial.layers
+        names, sizes = list(self._base), (len(KEEPS) + 1, 2)
+        parts = [trial.totals]
+        for found, size in zip((trial.curves, trial.layers), sizes, strict=True):
+            parts += [found.get(name, torch.zeros(size, dtype=torch.float64)) for name in names]
+        packed = torch.cat(parts).to(next(self._handle.model.parameters()).device)
+        distributed.all_reduce(packed, group=self._group)
+        totals, *rest = packed.cpu().split([len(part) for part in parts])
+        curves, layers = dict(zip(names, rest, strict=False)), dict(zip(names, rest[len(names) :], strict=True))
+        drawn = [name for name in names if curves[name][-1] > 0]
+        return totals, {name: curves[name] for name in drawn}, {name: layers[name] for name in drawn}
+
+    def _per_prediction(self) -> float:
+        """Return ω over what the draws predict: calibrated, less what fixed sizes spare, per mini-batch variance."""
+        exact, mean, shared, predicted = self._totals[3:].tolist()
+        if not (exact > 0 and predicted > 0):
+            return self.calibration
+        signal = min(max(mean / exact, 0.0), 0.9)
+        return max(self.calibration - max(shared, 0.0) / predicted, 0.1) / (1 - signal)
+
+    def _weights(self) -> dict[str, float]:
+        """Return the noise of each layer's draw in the weights' gradients, per relative variance of the draw."""
+        return {
+            layer: float(pair[0] / pair[1]) if pair[1] > 0 else 1 / len(self._layers)
+            for layer, pair in self._layers.items()
+        }
+
+    def _noise_at(self, shift: float) -> float:
+        return self._per_prediction() * predict_noise(self._curves, self._keeps(shift), self._weights())
+
+    def _find_shift(self, target: float) -> float:
+        keeps = {layer: self._base[layer].keep for layer in self._curves}
+        shift = find_shift(self._curves, keeps, self._weights(), target / self._per_prediction(), self._least_keep)
+        return shift if math.isfinite(shift) else self._shift
+
+
+def _few(keeps: Any) -> str:
+    listed = [f"{layer!r}: {keep:.3g}" for layer, keep in list(dict(keeps).items())[:4]]
+    return "{" + ", ".join(listed) + (", ..." if len(keeps) > 4 else "") + "}"

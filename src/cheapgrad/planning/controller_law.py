@@ -1,0 +1,114 @@
+"""From measured curves to keep fractions: which budgets add a given noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cheapgrad.errors import ControlError
+from cheapgrad.planning.controller_trial import KEEPS
+
+# Bisection steps: budgets to eight digits.
+_HALVINGS = 40
+_LARGEST_SHIFT = 12.0
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A target that moves from cheap to careful: geometric from `first` to `last` over `steps` optimizer steps.
+
+    While the loss still falls fast, added noise costs few steps; near the end it costs as many more as it adds.
+
+    Args:
+        first: added variance ÷ mini-batch variance at step 0, > 0.
+        last: the same from step `steps` on, > 0.
+        steps: how many optimizer steps the way takes, at least 1.
+
+    Raises:
+        ControlError: if a number is out of range.
+
+    >>> schedule = NoiseSchedule(first=0.4, last=0.1, steps=100)
+    >>> schedule.target(0), round(schedule.target(50), 3), schedule.target(1000)
+    (0.4, 0.2, 0.1)
+    """
+
+    first: float
+    last: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_noise("first", self.first)
+        check_noise("last", self.last)
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ControlError(f"steps must be a whole number of at least 1, but got {self.steps!r}")
+
+    def target(self, step: int) -> float:
+        """Return the target at an optimizer step."""
+        if step >= self.steps:
+            return self.last
+        return self.first * (self.last / self.first) ** (step / self.steps)
+
+
+def check_noise(name: str, value: object) -> float:
+    """Return `value` as a float if it is a finite number above 0; raise `ControlError` otherwise."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:  # type: ignore[operator] - a number
+        raise ControlError(
+            f"{name} must be a finite number above 0, the added variance as a fraction of the mini-batch's, but got "
+            f"{value!r}; use e.g. {name}=0.05, or revert the handle for exact gradients"
+        )
+    return float(value)  # type: ignore[arg-type] - a number
+
+
+def shift_keep(keep: float, shift: float, least_keep: float) -> float:
+    """Return the fraction whose odds are ``exp(shift)`` times those of `keep`, at least `least_keep`.
+
+    >>> round(shift_keep(0.5, math.log(3), 0.05), 9)
+    0.75
+    """
+    odds = math.exp(shift) * keep / (1 - keep) if keep < 1 else math.inf
+    return max(least_keep, 1.0 if math.isinf(odds) else odds / (1 + odds))
+
+
+def relative_variance(curve: Tensor, keep: float) -> float:
+    """Return a draw's relative variance at a keep fraction, linear in ``1 / keep`` between those of `KEEPS`.
+
+    Args:
+        curve: variances at `KEEPS` and the squared norm they are relative to, shape ``[len(KEEPS) + 1]``.
+        keep: in (0, 1].
+    """
+    *variances, squared_norm = curve.tolist()
+    if squared_norm <= 0:
+        return 0.0
+    last = len(KEEPS) - 1
+    upper = next((place for place, known in enumerate(KEEPS) if known <= keep), last)
+    lower = max(upper - 1, 0)
+    if upper == lower:
+        return variances[upper] / squared_norm
+    start, end = 1 / KEEPS[lower], 1 / KEEPS[upper]
+    share = (1 / max(keep, KEEPS[last]) - start) / (end - start)
+    return (variances[lower] + share * (variances[upper] - variances[lower])) / squared_norm
+
+
+def predict_noise(curves: Mapping[str, Tensor], keeps: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """Return the weighted sum of the draws' relative variances at their keep fractions."""
+    return sum(weights[layer] * relative_variance(curve, keeps[layer]) for layer, curve in curves.items())
+
+
+def find_shift(
+    curves: Mapping[str, Tensor],
+    keeps: Mapping[str, float],
+    weights: Mapping[str, float],
+    target: float,
+    least_keep: float,
+) -> float:
+    """Return the shift of all keep fractions at which the curves predict `target`, or the nearest one in range."""
+    low, high = -_LARGEST_SHIFT, _LARGEST_SHIFT
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        shifted = {layer: shift_keep(keeps[layer], middle, least_keep) for layer in curves}
+        low, high = (middle, high) if predict_noise(curves, shifted, weights) > target else (low, middle)
+    return (low + high) / 2

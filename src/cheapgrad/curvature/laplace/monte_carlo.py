@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cheapgrad.curvature.laplace.posterior import KroneckerLaplace
-from cheapgrad.curvature.operators.execution import check_deterministic
+from cheapgrad.curvature.operators.execution import check_deterministic, explain_failure
 
 
 def sample_outputs(
@@ -32,11 +32,12 @@ def sample_outputs(
     Raises:
         BudgetError: if `count` is no whole number of at least 1.
         StochasticModelError: for dropout or batch norm in training mode.
+        ForwardError: if the model raises.
     """
     check_deterministic(posterior.model)
-    outputs = []
+    outputs, what = [], f"the forward pass of a {type(posterior.model).__name__}"
     with torch.no_grad():
         for vector_P in posterior.sample(count, generator=generator):
-            with posterior.parameters_at(vector_P):
+            with posterior.parameters_at(vector_P), explain_failure(what, inputs=inputs):
                 outputs.append(posterior.reader.run(posterior.model, inputs))
     return torch.stack(outputs)

@@ -158,7 +158,7 @@ class Batches:
         for index, item in enumerate(source):
             batch = self._reader.read(item, index, self._device)
             if self._unequal is not None:
-                share = self._unequal.share_of(batch.targets, batch.examples)
+                share = self._unequal.share_of(batch.targets)
                 first = share if first is None else first
                 self._unequal.compare(first, share, index)
             yield batch

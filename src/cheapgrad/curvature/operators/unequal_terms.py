@@ -17,30 +17,32 @@ class UnequalTerms:
     """Sees where a mean over batches by their examples would not be the mean over all terms.
 
     `torch.nn.CrossEntropyLoss` and `torch.nn.NLLLoss` divide by the summed weights of the targets that are not ignored.
-    Where that sum is not the same number for each example in every batch, the batches count by it.
+    Where that sum is not the same for each target in every batch, batches have to count by it.
 
     Attributes:
         loss: any; others than these two and `Categorical` are not looked into.
-        is_mended: whether batches already count by the number of terms, through ``BatchReader(size=...)``.
+        is_mended: whether batches count by ``BatchReader(size=...)``, and that puts the mean right.
     """
 
     loss: Any
     is_mended: bool
 
-    def share_of(self, targets: Any, examples: float) -> float | None:
-        """Return the weight of a batch's terms for each of its examples; None where it need not be known."""
-        if self.is_mended or not isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss | Categorical):
+    def share_of(self, targets: Any) -> float | None:
+        """Return the mean weight of a batch's targets, ignored ones having none; None where it need not be known."""
+        if self.is_mended:
             return None
-        if not isinstance(targets, Tensor) or targets.is_floating_point():
+        if not isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss | Categorical):
+            return None
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.numel() == 0:
             return None
         kept = targets[targets != self.loss.ignore_index]
         weight = getattr(self.loss, "weight", None)
         if weight is None:
-            return kept.numel() / examples
+            return kept.numel() / targets.numel()
         # The loss itself has better words for a class out of range.
         if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < len(weight):
             return None
-        return float(weight[kept.to(weight.device)].double().sum()) / examples
+        return float(weight[kept.to(weight.device)].double().sum()) / targets.numel()
 
     def compare(self, first: float | None, share: float | None, index: int) -> None:
         """Raise `BatchError` if a batch's share is not that of the first one."""
@@ -48,7 +50,7 @@ class UnequalTerms:
             return
         raise BatchError(
             f"a {type(self.loss).__name__} that weighs classes or ignores targets divides by the weight of what "
-            f"counts: {first:.6g} for each example in batch 0, but {share:.6g} in batch {index}, so a mean by examples "
+            f"counts: {first:.6g} for each target in batch 0, but {share:.6g} in batch {index}, so a mean by examples "
             "would depend on how they are batched; give all examples as one batch, or (not for an EmpiricalFisher) "
             "BatchReader(size=...) that returns this weight, e.g. lambda batch: (batch[1] != ignore_index).sum()"
         )

@@ -31,6 +31,10 @@ def network():
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
     return model, nn.CrossEntropyLoss(), (x[:20], y[:20]), list(zip(x[20:].split(40), y[20:].split(40)))
 
+def wrong_width():
+    model, loss, batch, batches = network()
+    return model, loss, (batch[0][:, :4], batch[1]), batches
+
 def halves():
     return tuple(DenseOperator(covariance(part), example_count=150) for part in x.split(150))
 
@@ -39,6 +43,18 @@ def same_twice():
 
 def one():
     return torch.eye(3)
+
+def too_narrow():
+    model, loss, first, others = network()
+    return model, loss, first, [others[0], (torch.randn(20, 5), y[:20])]
+
+class Fails:
+    shape = (3, 3)
+    def __matmul__(self, other):
+        raise KeyError("no product today")
+
+def fails():
+    return Fails(), Fails()
 
 def three():
     return 1, 2, 3
@@ -111,6 +127,15 @@ def test_no_work_is_done_where_no_picture_can_be_drawn(capsys, monkeypatch):
             ("curvature_models:operators", "--count", "2", "--population", "9"),
             "cannot be disjoint in a population of 9",
         ),
+        (
+            ("curvature_models:wrong_width", "--count", "2"),
+            "the forward pass raised in '0' (Linear) RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+        ),
+        (
+            ("curvature_models:too_narrow", "--count", "2"),
+            "error: batch 1 of batches_b: the forward pass raised in '0' (Linear) RuntimeError: mat1 and mat2",
+        ),
+        (("curvature_models:fails", "--count", "2"), "what curvature_models:fails returned raised KeyError"),
         (("curvature_models:operatorz",), "did you mean 'operators'"),
         (("no_such_module:x",), "cannot import 'no_such_module'"),
     ],

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -29,6 +32,9 @@ def does_not_fit():
 
 def raises():
     raise OSError("no weights here")
+
+def full():
+    raise MemoryError("no room")
 
 def model_only():
     return nn.Linear(8, 4)
@@ -84,7 +90,15 @@ def test_number_of_lines_is_checked(capsys, top):
         ("scan_model:make", "cannot import 'scan_model': ModuleNotFoundError"),
         ("scan_broken:make", "cannot import 'scan_broken': ModuleNotFoundError: No module named 'no_such_library'"),
         ("scan_models:mak", "'scan_models' has no 'mak'; did you mean 'make'?"),
-        ("scan_models:number", "'scan_models:number' is a int, not a function"),
+        ("scan_models:number", "'scan_models:number' is an int 3, not a function"),
+        (
+            "./scan_models.py:make",
+            "'./scan_models.py' is the path of a file; name the module as an import does, scan_models",
+        ),
+        ("scan_models.py:make", "as an import does, scan_models:make, and run"),
+        ("sub/scan_models:make", "as an import does, sub.scan_models:make, and run"),
+        (".scan_models:make", "as an import does, scan_models:make, and run"),
+        ("scan_models:full", "out of memory: no room"),
         ("scan_models:raises", "scan_models:raises raised OSError: no weights here"),
         ("scan_models:model_only", "(model, inputs, loss), but returned a Linear"),
         ("scan_models:four", "but returned a tuple of 4"),
@@ -98,3 +112,25 @@ def test_bad_input_is_one_line(capsys, factory, message):
     assert captured.err.startswith("cheapgrad: error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def run_piped(arguments, stdout):
+    return subprocess.run(
+        [sys.executable, "-m", "cheapgrad", *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+    )
+
+
+def test_reader_that_leaves_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        finished = run_piped(["scan", "scan_models:make"], pipe)
+    assert (finished.returncode, finished.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        finished = run_piped(["scan", "scan_models:make", "--json"], full)
+    assert finished.returncode == 2
+    assert finished.stderr == "cheapgrad: error: cannot read or write the output: No space left on device\n"

@@ -197,3 +197,15 @@ def test_other_files_and_directories_are_left_alone(tmp_path):
 )
 def test_fields_hold_what_they_state(value, annotation, misfit):
     assert find_misfit(value, annotation, "x") == misfit
+
+
+def test_all_damaged_records_are_named_at_once(tmp_path):
+    report = cheapgrad.scan(nn.Linear(4, 2), torch.randn(2, 4)).to_dict()
+    write(tmp_path, "a.json", {**report, "total": {**report["total"], "saved_bytes": -1}})
+    write(tmp_path, "b.json", report)
+    write(tmp_path, "c.json", {**report, "version": 99})
+    with pytest.raises(RecordError) as caught:
+        read_directory(tmp_path)
+    assert "'a.json' is a damaged cheapgrad.scan: total.saved_bytes must be at least 0, but is -1" in str(caught.value)
+    assert "'c.json' is a cheapgrad.scan of version 99" in str(caught.value)
+    assert "b.json" not in str(caught.value)

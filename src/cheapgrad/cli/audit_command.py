@@ -10,7 +10,7 @@ from typing import Any
 
 from cheapgrad.cli.factories import call_factory, import_factory
 from cheapgrad.cli.origin import describe_origin
-from cheapgrad.errors import FactoryError, OutputError
+from cheapgrad.errors import FactoryError, OutputError, describe_value
 
 _DESCRIPTION = """\
 Draws the gradient of one batch many times and compares it with the exact one: bias with the band that chance explains
@@ -82,5 +82,5 @@ def _read_arguments(made: Any, text: str) -> dict[str, Any]:
         return dict(made)
     if isinstance(made, tuple) and len(made) == len(_NEEDED):
         return dict(zip(_NEEDED, made, strict=True))
-    what = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"a {type(made).__name__}"
+    what = describe_value(made)
     raise FactoryError(f"{text} must return (model, loss_fn, batch), but returned {what}; {_EXAMPLE}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cheapgrad.cli.factories import call_factory, import_factory
-from cheapgrad.errors import FactoryError
+from cheapgrad.errors import CheapgradError, FactoryError, ForwardError, describe_value
 
 if TYPE_CHECKING:
     from cheapgrad.curvature.bias_report import BiasReport
@@ -58,15 +59,23 @@ def run(options: argparse.Namespace) -> int:
 
     check_drawing()
     prepare_directory(options.out)
-    operator_a, operator_b = _make_operators(options.factory)
-    report = bias_report(
-        operator_a,
-        operator_b,
-        options.count,
-        level=options.level,
-        population_size=options.population,
-        largest=not options.smallest,
-    )
+    made = call_factory(import_factory(options.factory), options.factory)
+    try:
+        operator_a, operator_b = _make_operators(made, options.factory)
+        report = bias_report(
+            operator_a,
+            operator_b,
+            options.count,
+            level=options.level,
+            population_size=options.population,
+            largest=not options.smallest,
+        )
+    except ForwardError as error:
+        raise _locate(made, error) from error
+    except (CheapgradError, MemoryError):
+        raise
+    except Exception as error:
+        raise FactoryError(f"what {options.factory} returned raised {type(error).__name__}: {error}") from error
     text = json.dumps(report.to_dict(), indent=2, allow_nan=False)
     picture = report.draw()
     write_whole(options.out / "curvature.json", (text + "\n").encode())
@@ -83,8 +92,7 @@ def _print(report: BiasReport, directory: Path, stream: Any) -> None:
     print(f"{directory / 'curvature.png'}: both curvatures and their ratio, index by index", file=stream)
 
 
-def _make_operators(text: str) -> tuple[Any, Any]:
-    made = call_factory(import_factory(text), text)
+def _make_operators(made: Any, text: str) -> tuple[Any, Any]:
     if isinstance(made, tuple) and len(made) == 2:
         return made
     if isinstance(made, tuple) and len(made) == 4:
@@ -92,8 +100,30 @@ def _make_operators(text: str) -> tuple[Any, Any]:
 
         model, loss, batches_a, batches_b = made
         return GaussNewton(model, loss, batches_a), GaussNewton(model, loss, batches_b)
-    what = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"a {type(made).__name__}"
+    what = describe_value(made)
     raise FactoryError(
         f"{text} must return (operator_a, operator_b) or (model, loss, batches_a, batches_b), but returned {what}; "
         f"{_EXAMPLE}"
     )
+
+
+def _locate(made: tuple[Any, ...], error: ForwardError) -> ForwardError:
+    """Return an error that says which batch does not fit which module, if running the model on each of them tells."""
+    from cheapgrad.cost import scan
+    from cheapgrad.curvature.operators.batches import Batches, BatchReader
+
+    if len(made) != 4:
+        return error
+    model, _, *sides = made
+    device = next(model.parameters()).device
+    for side, given in zip(("batches_a", "batches_b"), sides, strict=True):
+        for batch in Batches(given, BatchReader(), device):
+            inputs = batch.inputs
+            try:
+                if isinstance(inputs, Mapping):
+                    scan(model, **inputs)
+                else:
+                    scan(model, *(inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
+            except ForwardError as found:
+                return ForwardError(f"batch {batch.index} of {side}: {found}")
+    return error

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cheapgrad.errors import FactoryError, nearest_match
+from cheapgrad.errors import FactoryError, describe_value, nearest_match
 
 
 def import_factory(text: str) -> Callable[[], Any]:
@@ -20,6 +20,11 @@ def import_factory(text: str) -> Callable[[], Any]:
     module_name, separator, name = text.partition(":")
     if not (separator and module_name and name):
         raise FactoryError(f"{text!r} names no factory; write PACKAGE.MODULE:FACTORY, e.g. mypackage.models:make_model")
+    if "/" in module_name or "\\" in module_name or module_name.startswith(".") or module_name.endswith(".py"):
+        raise FactoryError(
+            f"{module_name!r} is the path of a file; name the module as an import does, "
+            f"{_guess_module(module_name)}:{name}, and run the command where that import works"
+        )
     try:
         with _current_directory_importable():
             module = importlib.import_module(module_name)
@@ -32,8 +37,14 @@ def import_factory(text: str) -> Callable[[], Any]:
             raise FactoryError(f"{module_name!r} has no {name!r}{nearest_match(name, names)}")
         found = getattr(found, part)
     if not callable(found):
-        raise FactoryError(f"{text!r} is a {type(found).__name__}, not a function")
+        raise FactoryError(f"{text!r} is {describe_value(found)}, not a function")
     return found
+
+
+def _guess_module(path: str) -> str:
+    """Return the name under which a file may be imported."""
+    parts = path.replace("\\", "/").removesuffix(".py").split("/")
+    return ".".join(part for part in parts if part.strip(".")).lstrip(".") or "PACKAGE.MODULE"
 
 
 @contextlib.contextmanager
@@ -56,5 +67,7 @@ def call_factory(factory: Callable[[], Any], text: str) -> Any:
     try:
         with _current_directory_importable():
             return factory()
+    except MemoryError:
+        raise
     except Exception as error:
         raise FactoryError(f"{text} raised {type(error).__name__}: {error}") from error

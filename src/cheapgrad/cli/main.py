@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -18,7 +20,9 @@ from cheapgrad.cli import (
 )
 from cheapgrad.errors import CheapgradError
 
-_INTERRUPTED = 130
+_ERROR, _INTERRUPTED = 2, 130
+# What a shell reports of a program that a closed pipe ends.
+_PIPE_CLOSED = 141
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 if all went well, 1 if a gradient was found to be biased or the environment broken, 2 after
-        an error, which is printed on one line, 130 if interrupted.
+        an error, which is printed on one line, 130 if interrupted, 141 if nobody reads what is printed any more.
     """
     parser = _Parser(
         prog="cheapgrad",
@@ -53,11 +57,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor_command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
-        return options.run(options)
+        status = options.run(options)
+        # Here rather than when the process ends, where an error can no longer be told.
+        sys.stdout.flush()
+        return status
     except CheapgradError as error:
-        message = " ".join(str(error).split())
-        print(f"cheapgrad: error: {message}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
+    except BrokenPipeError:
+        _forget_output()
+        return _PIPE_CLOSED
+    except OSError as error:
+        _forget_output()
+        return _fail(f"cannot read or write {error.filename or 'the output'}: {error.strerror or error}")
+    except MemoryError as error:
+        return _fail(f"out of memory{': ' * bool(str(error))}{error}")
     except KeyboardInterrupt:
         print("cheapgrad: interrupted, nothing was written", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _fail(message: str) -> int:
+    """Print a message on one line, and return the exit status."""
+    print(f"cheapgrad: error: {' '.join(message.split())}", file=sys.stderr)
+    return _ERROR
+
+
+def _forget_output() -> None:
+    """Let what could not be printed go nowhere, so that Python does not try it again when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

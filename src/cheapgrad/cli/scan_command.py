@@ -10,7 +10,7 @@ from typing import Any
 
 from cheapgrad.cli.factories import call_factory, import_factory
 from cheapgrad.cli.origin import describe_origin
-from cheapgrad.errors import FactoryError
+from cheapgrad.errors import FactoryError, describe_value
 
 _DESCRIPTION = """\
 Runs one forward and one backward pass of a model and prints, for every module, the FLOPs of both passes and of
@@ -72,7 +72,7 @@ def _call_factory(factory: Callable[[], Any], text: str) -> tuple[Any, tuple[Any
     """Return the model, its positional inputs, its keywords and the loss or None."""
     made = call_factory(factory, text)
     if not isinstance(made, tuple) or len(made) not in {2, 3}:
-        what = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"a {type(made).__name__}"
+        what = describe_value(made)
         raise FactoryError(
             f"{text} must return (model, inputs) or (model, inputs, loss), but returned {what}; {_EXAMPLE}"
         )

@@ -114,8 +114,8 @@ def read_directory(directory: Path) -> RecordDirectory:
         The records, and the JSON files that are none.
 
     Raises:
-        RecordError: the directory is missing or has no record, or a record is damaged or newer than this version of
-            cheapgrad understands; a report that went on without it would look complete.
+        RecordError: the directory is missing or has no record, or records are damaged or newer than this version of
+            cheapgrad understands: all of them are named, and a report that went on without them would look complete.
     """
     if not directory.is_dir():
         what = "is a file; name the directory that it is in" if directory.is_file() else "does not exist"
@@ -124,7 +124,14 @@ def read_directory(directory: Path) -> RecordDirectory:
         paths = sorted(path for path in directory.iterdir() if path.suffix == ".json" and path.is_file())
     except OSError as error:
         raise RecordError(f"cannot list the directory {str(directory)!r}: {error.strerror or error}") from error
-    read = [read_file(path) for path in paths]
+    read, damaged = [], []
+    for path in paths:
+        try:
+            read.append(read_file(path))
+        except RecordError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise RecordError("; ".join(damaged))
     files = tuple(file for file in read if isinstance(file, RecordFile))
     refused = tuple(file for file in read if isinstance(file, RefusedFile))
     if not files:
@@ -205,6 +212,8 @@ def _read_record(kind: RecordKind, data: dict[str, Any], name: str) -> Any:
     body |= {key: value for key, value in data.items() if key not in _ORIGIN or key in own}
     try:
         record = kind.read(body)
+    except RecordError as error:
+        raise RecordError(f"{name!r} is a damaged {kind.name}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise RecordError(f"{name!r} is a damaged {kind.name}: {what}; write it again, or move it away") from error

@@ -184,9 +184,9 @@ def test_parameters_may_be_one_tensor_or_a_generator():
     [
         ([], "at least one tensor, but got none"),
         (nn.Linear(2, 2), r"got the module Linear; pass list\(model.parameters\(\)\)"),
-        ({"weight": WEIGHT}, r"got a dict; .* of a dictionary its list\(values\(\)\)"),
+        ({"weight": WEIGHT}, r"got a dict of 1; .* of a dictionary its list\(values\(\)\)"),
         (3.0, "got a float"),
-        ([WEIGHT, "bias"], "number 1 is of type str"),
+        ([WEIGHT, "bias"], "number 1 is a str 'bias'"),
         ([torch.ones(2)], r"parameter 0, of shape \(2,\), does not require a gradient"),
     ],
 )
@@ -196,7 +196,7 @@ def test_parameters_that_are_none_are_refused(parameters, match):
 
 
 def test_loss_and_conventions_of_another_kind_are_refused():
-    with pytest.raises(ArgumentError, match="but got Tensor"):
+    with pytest.raises(ArgumentError, match=r"but got a Tensor of shape \(\)"):
         bifurcation(WEIGHT.sum(), [WEIGHT], trials=2)
     with pytest.raises(ConventionError, match="two conventions are needed, but got 1 of them"):
         bifurcation(_kink_every_fourth, [WEIGHT], trials=2, conventions=(Conventions(),))

@@ -219,7 +219,11 @@ class Handle:
         return _remark_on_chains(compare(exact, sketched), sketched)
 
     def summary(self) -> str:
-        """Return the table of converted and skipped layers with predicted bytes, FLOPs and relative variance."""
+        """Return the table of converted and skipped layers with predicted bytes, FLOPs and relative variance.
+
+        It is as wide as the terminal, or as ``COLUMNS`` says; columns that do not fit are named below it. Where output
+        goes elsewhere, all of it is shown.
+        """
         return render_summary(self.rows, reverted=self._reverted)
 
     def __str__(self) -> str:

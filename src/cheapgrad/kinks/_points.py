@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from cheapgrad.errors import DirectionError
+from cheapgrad.errors import DirectionError, describe_value
 
 Point = Tensor | Sequence[Tensor]
 
@@ -51,11 +51,11 @@ def _list_tensors(name: str, value: object) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (str, Mapping, nn.Module)) or not isinstance(value, Iterable):
-        raise DirectionError(f"the {name} is a {type(value).__name__}; give a tensor or a list of tensors")
+        raise DirectionError(f"the {name} is {describe_value(value)}; give a tensor or a list of tensors")
     tensors = list(value)
     for place, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
-            raise DirectionError(f"entry {place} of the {name} is a {type(tensor).__name__}; give tensors only")
+            raise DirectionError(f"entry {place} of the {name} is {describe_value(tensor)}; give tensors only")
     return tensors
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cheapgrad.errors import ArgumentError, BudgetError, ForwardResultError, TrialError, check_count
+from cheapgrad.errors import ArgumentError, BudgetError, ForwardResultError, TrialError, check_count, describe_value
 from cheapgrad.kinks._binomial import clopper_pearson
 from cheapgrad.kinks.conventions import Conventions, apply_conventions, check_conventions
 
@@ -115,7 +115,7 @@ def bifurcation(
     first, second = check_conventions(conventions)
     if not callable(loss):
         raise ArgumentError(
-            f"loss must be a function of the number of the trial, but got {type(loss).__name__}; use e.g. "
+            f"loss must be a function of the number of the trial, but got {describe_value(loss)}; use e.g. "
             "lambda trial: loss_function(model(x), y)"
         )
     tensors = _as_sequence(parameters)
@@ -159,7 +159,7 @@ def _as_sequence(parameters: object) -> Sequence[Tensor]:
         )
     if isinstance(parameters, (Mapping, str)) or not isinstance(parameters, Iterable):
         raise ArgumentError(
-            f"parameters must be tensors, but got a {type(parameters).__name__}; pass a list of tensors, of a "
+            f"parameters must be tensors, but got {describe_value(parameters)}; pass a list of tensors, of a "
             "dictionary its list(values())"
         )
     # A generator such as model.parameters() can be read only once.
@@ -174,7 +174,7 @@ def _check_parameters(parameters: Sequence[object]) -> list[Tensor]:
     for place, tensor in enumerate(parameters):
         if not isinstance(tensor, Tensor):
             raise ArgumentError(
-                f"parameters must be tensors, but number {place} is of type {type(tensor).__name__}; pass e.g. "
+                f"parameters must be tensors, but number {place} is {describe_value(tensor)}; pass e.g. "
                 "list(model.parameters())"
             )
         if not tensor.requires_grad:

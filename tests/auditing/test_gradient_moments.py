@@ -275,3 +275,15 @@ def test_bad_settings():
         measure_gradient_moments(list, [torch.ones(1)], draws=7)
     with pytest.raises(BudgetError, match=r"alpha must be in \(0, 1\), but got 1.5"):
         measure_gradient_moments(list, [torch.ones(1)], alpha=1.5)
+
+
+def test_a_row_that_few_draws_see_is_no_alarm():
+    # One row of ten is kept with probability 0.05: one series of 32 draws in five never sees it.
+    exact = torch.ones(10, 64)
+    chances = torch.tensor([0.05, *[0.5] * 9]).unsqueeze(1)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw():
+        return [exact * (torch.rand(10, 1, generator=generator) < chances) / chances]
+
+    assert all(measure_gradient_moments(draw, [exact], draws=32).unbiased for _ in range(60))

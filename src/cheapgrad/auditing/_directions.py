@@ -7,7 +7,7 @@ from torch import Tensor
 
 # Into how many blocks of neighbouring rows, and of neighbouring columns, a tensor is cut, and how many entries a block
 # has at least: few enough for a bias in a corner to show, enough for a sum to be near normal.
-_MOST_BLOCKS = 8
+MOST_BLOCKS = 8
 _LEAST_ENTRIES = 64
 _SIGN_PATTERNS = 2
 
@@ -22,9 +22,10 @@ class Directions:
     Args:
         exact: the exact gradient; kept as it is, so give a copy.
         seed: of the signs.
+        most_blocks: into how many blocks an axis is cut at most.
     """
 
-    def __init__(self, exact: Tensor, seed: int) -> None:
+    def __init__(self, exact: Tensor, seed: int, most_blocks: int = MOST_BLOCKS) -> None:
         self.exact = exact.detach()
         rows = exact.shape[0] if exact.dim() else 1
         self._shape = (rows, exact.numel() // max(rows, 1))
@@ -34,9 +35,8 @@ class Directions:
             for size in self._shape
         )
         enough = max(1, exact.numel() // _LEAST_ENTRIES)
-        enough = max(1, exact.numel() // _LEAST_ENTRIES)
         self._row_blocks, self._column_blocks = (
-            _membership(size, min(_MOST_BLOCKS, size, enough)).to(exact.device) for size in self._shape
+            _membership(size, min(most_blocks, size, enough)).to(exact.device) for size in self._shape
         )
         # A single block is the whole tensor, and its signs are those of the other axis.
         self._cuts_rows, self._cuts_columns = len(self._row_blocks) > 1, len(self._column_blocks) > 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cheapgrad.auditing._directions import Directions
+from cheapgrad.auditing._directions import MOST_BLOCKS, Directions
 from cheapgrad.errors import GradientDrawError
 
 _SIGNS_SEED = 20240229
@@ -62,9 +62,16 @@ class ErrorCollector:
         exact_gradient: copied at once, because it may be ``.grad`` fields that the next draw overwrites.
         names: of the tensors.
         tolerance: a constant error of a tensor up to this fraction of its norm is forgiven.
+        most_blocks: into how many blocks the axes of a tensor are cut at most.
     """
 
-    def __init__(self, exact_gradient: Sequence[Tensor], names: Sequence[str] | None, tolerance: float = 0.0) -> None:
+    def __init__(
+        self,
+        exact_gradient: Sequence[Tensor],
+        names: Sequence[str] | None,
+        tolerance: float = 0.0,
+        most_blocks: int = MOST_BLOCKS,
+    ) -> None:
         if not len(exact_gradient):
             raise GradientDrawError("the exact gradient has no tensors; give the gradient of at least one parameter")
         self.names = [str(position) for position in range(len(exact_gradient))] if names is None else list(names)
@@ -73,7 +80,9 @@ class ErrorCollector:
         self.tolerance = tolerance
         self._check("the exact gradient", exact_gradient, [tensor.shape for tensor in exact_gradient])
         self.exact = [tensor.detach().clone() for tensor in exact_gradient]
-        self.directions = [Directions(tensor, _SIGNS_SEED + position) for position, tensor in enumerate(self.exact)]
+        self.directions = [
+            Directions(tensor, _SIGNS_SEED + position, most_blocks) for position, tensor in enumerate(self.exact)
+        ]
         self.sizes = [tensor.numel() for tensor in self.exact]
         self.squared_norms = torch.tensor([direction.squared_norm for direction in self.directions], dtype=torch.double)
         self._check_finite("the exact gradient", self.squared_norms)

@@ -9,10 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from cheapgrad.auditing._directions import MOST_BLOCKS
 from cheapgrad.auditing._errors_drawn import ErrorCollector
 from cheapgrad.auditing._judgement import check_alpha, judge
 from cheapgrad.auditing._plain_data import plain, relative
 from cheapgrad.errors import check_count
+
+# In a block of few rows, an event that few draws see looks like a constant error.
+_DRAWS_FOR_A_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ def measure_gradient_moments(
 
     With ``d_i`` the error of draw i and n draws, the mean of ``⟨u, d_i⟩`` over its standard error is compared with the
     two-sided Student band at ``alpha / tests``, for these directions u: the exact gradient as a whole, of each tensor,
-    and of up to 8 blocks of rows and 8 of columns of each tensor, and random signs on the same blocks.
+    and of blocks of rows and of columns of each tensor (one for every 32 draws, up to 8), and random signs on the same
+    blocks.
 
     Args:
         draw_gradient: no arguments; returns the tensors of one random gradient, drawn independently of the others.
@@ -131,7 +136,7 @@ def measure_gradient_moments(
     """
     check_count("draws", draws, minimum=8)
     check_alpha(alpha)
-    collector = ErrorCollector(exact_gradient, names)
+    collector = ErrorCollector(exact_gradient, names, most_blocks=max(1, min(MOST_BLOCKS, draws // _DRAWS_FOR_A_BLOCK)))
     for draw in range(draws):
         collector.add(draw_gradient(), f"draw {draw + 1}")
         if progress is not None:

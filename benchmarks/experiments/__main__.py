@@ -5,68 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.experiments.datasets import load, load_digit_pixels
-from benchmarks.experiments.methods import list_methods
 from benchmarks.experiments.pages import write_pages
 from benchmarks.experiments.results import write_results
 from benchmarks.experiments.runner import find_missing, run_all
+from benchmarks.experiments.settings import Settings, make_trials
 from benchmarks.experiments.store import Store
-from benchmarks.experiments.tasks import Task, make_full_tasks, make_quick_tasks
 from benchmarks.experiments.trials import Trials
 
 _ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What was asked for.
-
-    Attributes:
-        data: paths of data; none for the quick mode on the bundled digits.
-        seeds: trainings of every method.
-        epochs: factor on the passes over the data, for less than everything.
-        threads: of torch, for every run.
-        tasks: a piece of the names of the tasks that are wanted.
-        methods: patterns of the labels that are wanted.
-    """
-
-    data: tuple[Path, ...] = ()
-    seeds: int = 5
-    epochs: float = 1.0
-    threads: int = 1
-    tasks: str = ""
-    methods: tuple[str, ...] = ("*",)
-
-
-def make_trials(settings: Settings) -> Trials:
-    """Return the experiment that was asked for: the quick one without data, the full one with them."""
-    if settings.data:
-        tasks = tuple(task for path in settings.data for task in make_full_tasks(load(path)))
-        methods = list_methods()
-    else:
-        tasks = make_quick_tasks(load(None), load_digit_pixels())
-        methods = tuple(method for method in list_methods() if method.is_quick)
-    chosen = tuple(_scale(task, settings.epochs) for task in tasks if settings.tasks in task.name)
-    return Trials(
-        tasks=chosen,
-        methods=methods,
-        seeds=tuple(range(settings.seeds)),
-        threads=settings.threads,
-        tuned_everywhere=bool(settings.data),
-        wanted=settings.methods,
-    )
-
-
-def _scale(task: Task, factor: float) -> Task:
-    return replace(task, steps=max(1, round(task.steps * factor)) if task.steps else 0)
 
 
 def main() -> int:
@@ -83,6 +36,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=float, default=1.0, help="factor on the passes over the data (default: 1)")
     parser.add_argument("--tasks", default="", help="only tasks whose name has this in it")
     parser.add_argument("--methods", action="append", help="only methods whose label matches this pattern; repeatable")
+    parser.add_argument("--shared-rate", action="store_true", help="leave out the pass with a rate for each method")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("experiments"), help="where the runs' records are kept")
@@ -100,6 +54,7 @@ def main() -> int:
         arguments.threads,
         arguments.tasks,
         tuple(arguments.methods or ["*"]),
+        not arguments.shared_rate,
     )
     console = Console()
     make = partial(make_trials, settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from benchmarks.experiments.results import Row, TaskResults
 from benchmarks.experiments.statistics import Comparison, compare_paired, correct_for_many, summarise
 from cheapgrad.planning import tradeoff
 
-# The target: the loss on validation data that exact training reaches after this share of its steps.
+# The target of a seed: the loss on validation data that its exact training has after this share of its steps.
 TARGET_SHARE = 0.6
 
 
@@ -94,11 +93,12 @@ def find_rivals(results: TaskResults, row: Row) -> list[Row]:
 
 def measure_reach(results: TaskResults, row: Row) -> Reach:
     """Return how many more steps a method needed to the target, and how many were predicted."""
-    target = _find_target(results.exact)
     ratios: list[float] = []
     seeds = sorted(set(row.runs) & set(results.exact.runs))
     for seed in seeds:
-        exact = steps_to(results.exact.runs[seed]["result"]["curve"], target)
+        curve = results.exact.runs[seed]["result"]["curve"]
+        target = _interpolate(curve, TARGET_SHARE * curve[-1]["step"])
+        exact = steps_to(curve, target)
         ours = steps_to(row.runs[seed]["result"]["curve"], target)
         if exact is not None and ours is not None:
             ratios.append(ours / exact)
@@ -112,14 +112,6 @@ def measure_reach(results: TaskResults, row: Row) -> Reach:
         predicted=None if omega is None else _predict(results.exact, omega),
         noise_dominated=None if omega is None else 1 + omega,
     )
-
-
-def _find_target(exact: Row) -> float:
-    losses = []
-    for record in exact.runs.values():
-        curve = record["result"]["curve"]
-        losses.append(_interpolate(curve, TARGET_SHARE * curve[-1]["step"]))
-    return summarise(losses)[0] if losses else math.nan
 
 
 def _interpolate(curve: Sequence[dict[str, Any]], step: float) -> float:

@@ -10,6 +10,7 @@ from benchmarks.experiments.results import TaskResults, read_results
 from benchmarks.experiments.tables import write_memory_choice, write_task, write_time_choice
 from cheapgrad.files import write_whole
 
+_NOTHING = "No run has been recorded yet: `make experiments` makes the first ones."
 _PAGES = ("evidence.md", "decide.md")
 
 
@@ -51,6 +52,6 @@ def fill_page(text: str, results: list[TaskResults]) -> str:
 
     def fill(found: re.Match[str]) -> str:
         name = found.group(1)
-        return f"<!-- experiments: {name} -->\n\n{writers[name]().strip()}\n\n<!-- end -->"
+        return f"<!-- experiments: {name} -->\n\n{writers[name]().strip() or _NOTHING}\n\n<!-- end -->"
 
     return re.sub(r"<!-- experiments: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)

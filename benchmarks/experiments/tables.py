@@ -32,7 +32,8 @@ def write_task(results: TaskResults) -> str:
     ]
     if environment:
         lines.append(
-            f"Up to {seeds} seeds; {environment['processor']}, PyTorch {environment['torch']}, commit "
+            f"{results.exact.declaration['steps']} steps on batches of {results.exact.declaration['batch_size']}, "
+            f"up to {seeds} seeds; {environment['processor']}, PyTorch {environment['torch']}, commit "
             f"{environment['commit']}."
         )
     lines += [

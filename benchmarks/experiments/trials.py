@@ -44,11 +44,11 @@ class Trials:
 
     Attributes:
         tasks: networks on data.
-        methods: all methods; costs are measured for all of them.
+        methods: all methods; costs are measured for all of a family if one of them is wanted.
         seeds: of every method, on every task.
         rounds: timed steps of every method.
         threads: of torch, for every run.
-        tuned_everywhere: whether every method gets a learning rate of its own, or only those that say so.
+        tuned: which methods get a learning rate of their own too: ``"all"``, ``"none"``, or ``"some"`` that say so.
         wanted: patterns of labels, one of which a method has to match to be trained.
     """
 
@@ -57,7 +57,7 @@ class Trials:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     rounds: int = 11
     threads: int = 1
-    tuned_everywhere: bool = False
+    tuned: str = "some"
     wanted: tuple[str, ...] = ("*",)
 
     # -- what is wanted -------------------------------------------------------------------------------------------
@@ -73,9 +73,12 @@ class Trials:
     def list_cost_runs(self, task: Task) -> list[CostRun]:
         """Return one run for each family of methods, so that a new family leaves the others' records valid."""
         families: dict[str, list[str]] = {}
+        wanted = self.list_wanted()
+        others = {method.match.label for method in wanted if method.match is not None}
+        chosen = {method.family for method in self.methods if method in wanted or method.label in others}
         for method in self.methods:
             # Matched methods are exact steps of other sizes, or a method that is measured anyway.
-            if method.match is None and not method.why_unavailable():
+            if method.match is None and method.family in chosen and not method.why_unavailable():
                 families.setdefault(method.family, []).append(method.words)
         return [
             CostRun(task.name, task.network, task.data, task.batch_size, tuple(words), self.rounds, self.threads)
@@ -160,7 +163,7 @@ class Trials:
         return [task for task in self.tasks if task.steps]
 
     def _has_own_rate(self, method: Method) -> bool:
-        return method is not EXACT and (self.tuned_everywhere or method.is_tuned)
+        return method is not EXACT and (self.tuned == "all" or (self.tuned == "some" and method.is_tuned))
 
     def _declare_tuning(self, task: Task, records: Finds) -> Iterator[TrainingRun]:
         yield from self._declare_rates(task, EXACT, records)

@@ -1,0 +1,57 @@
+"""From what was asked for to the experiment; apart from the command, so that other processes can build it too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.experiments.datasets import load, load_digit_pixels
+from benchmarks.experiments.methods import list_methods
+from benchmarks.experiments.tasks import Task, make_full_tasks, make_quick_tasks
+from benchmarks.experiments.trials import Trials
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for.
+
+    Attributes:
+        data: paths of data; none for the quick mode on the bundled digits.
+        seeds: trainings of every method.
+        epochs: factor on the passes over the data, for less than everything.
+        threads: of torch, for every run.
+        tasks: a piece of the names of the tasks that are wanted.
+        methods: patterns of the labels that are wanted.
+        own_rates: whether there is a second pass with a learning rate for each method.
+    """
+
+    data: tuple[Path, ...] = ()
+    seeds: int = 5
+    epochs: float = 1.0
+    threads: int = 1
+    tasks: str = ""
+    methods: tuple[str, ...] = ("*",)
+    own_rates: bool = True
+
+
+def make_trials(settings: Settings) -> Trials:
+    """Return the experiment that was asked for: the quick one without data, the full one with them."""
+    if settings.data:
+        tasks = tuple(task for path in settings.data for task in make_full_tasks(load(path)))
+        methods = list_methods()
+    else:
+        tasks = make_quick_tasks(load(None), load_digit_pixels())
+        methods = tuple(method for method in list_methods() if method.is_quick)
+    chosen = tuple(_scale(task, settings.epochs) for task in tasks if settings.tasks in task.name)
+    return Trials(
+        tasks=chosen,
+        methods=methods,
+        seeds=tuple(range(settings.seeds)),
+        threads=settings.threads,
+        tuned="none" if not settings.own_rates else "all" if settings.data else "some",
+        wanted=settings.methods,
+    )
+
+
+def _scale(task: Task, factor: float) -> Task:
+    return replace(task, steps=max(1, round(task.steps * factor)) if task.steps else 0)

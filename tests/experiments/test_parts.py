@@ -1,0 +1,245 @@
+"""Data, matching, biased references, and training itself."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cheapgrad
+from benchmarks.experiments.analysis import steps_to
+from benchmarks.experiments.biased import LargestWithoutWeights
+from benchmarks.experiments.datasets import DataError, load, load_digit_pixels
+from benchmarks.experiments.declaration import TrainingRun
+from benchmarks.experiments.matching import Size, find_batch_size, match
+from benchmarks.experiments.methods import EXACT, list_methods
+from benchmarks.experiments.preparing import prepare
+from benchmarks.experiments.tasks import make_bagnet_task, make_language_task, make_perceptron_task
+from benchmarks.experiments.training import draw_batches, train
+from cheapgrad.sketch import ColumnSample
+
+
+def make_task(**changes):
+    task = make_perceptron_task(load(None), hidden=16, epochs=1, batch_size=32)
+    return replace(task, steps=6, skip_small=False, evaluations=2, noise_points=1, **changes)
+
+
+def declare(task, method, *, seed=0, **changes):
+    run = TrainingRun(
+        task.name, task.network, task.data, method.words, task.batch_size, 1, task.steps, 3e-3, seed, 2, 1
+    )
+    return replace(run, **changes)
+
+
+def find_method(label):
+    return next(method for method in list_methods() if method.label == label)
+
+
+def drop_times(result):
+    return {name: value for name, value in result.items() if "seconds" not in name and name != "curve"}
+
+
+def test_labels_and_words_tell_methods_apart():
+    methods = list_methods()
+    assert len({method.label for method in methods}) == len(methods)
+    unmatched = [method.words for method in methods if method.match is None]
+    assert len(set(unmatched)) == len(unmatched)
+    assert all(method.is_biased == ("(biased)" in method.label) for method in methods)
+    labels = {method.label for method in methods}
+    assert all(method.match.label in labels for method in methods if method.match)
+
+
+def test_keras_table(tmp_path):
+    generator = np.random.default_rng(0)
+    arrays = {
+        "x_train": generator.integers(0, 255, (40, 5, 4), dtype=np.uint8),
+        "y_train": np.arange(40) % 3,
+        "x_test": generator.integers(0, 255, (7, 5, 4), dtype=np.uint8),
+        "y_test": np.arange(7) % 3,
+    }
+    np.savez(tmp_path / "some.npz", **arrays)
+    data = load(tmp_path / "some.npz")
+    assert (len(data.train), len(data.validation), len(data.test), data.classes) == (36, 4, 7, 3)
+    # Nothing that learning rates are chosen on is trained on.
+    rows = torch.cat([data.train.inputs, data.validation.inputs]).flatten(1)
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, arrays["x_train"].reshape(40, -1).tolist()))
+    assert torch.equal(data.test.inputs[:, 0], torch.from_numpy(arrays["x_test"]))
+    np.savez(tmp_path / "short.npz", x_train=arrays["x_train"])
+    with pytest.raises(DataError, match=r"short\.npz has .'x_train'., but lacks .*x_test"):
+        load(tmp_path / "short.npz")
+    np.savez(tmp_path / "real.npz", **{**arrays, "x_train": arrays["x_train"].astype(float)})
+    with pytest.raises(DataError, match=r"x_train of real\.npz must be uint8"):
+        load(tmp_path / "real.npz")
+
+
+def test_folder_and_zip_hold_the_same(tmp_path):
+    for part, count in (("train", 12), ("test", 4)):
+        for number in range(count):
+            path = tmp_path / "pictures" / part / "ab"[number % 2] / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((3, 2, 3), 10 * number, dtype=np.uint8)).save(path)
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for path in (tmp_path / "pictures").rglob("*.png"):
+            archive.write(path, path.relative_to(tmp_path).as_posix())
+    (tmp_path / "pictures.zip").write_bytes(content.getvalue())
+    folder, archive = load(tmp_path / "pictures"), load(tmp_path / "pictures.zip")
+    assert folder.fingerprint == archive.fingerprint
+    assert folder.test.inputs.shape == (4, 3, 3, 2)
+    # Brightness 10 number, class number % 2: examples and labels belong together.
+    assert torch.equal(folder.train.inputs[:, 0, 0, 0].long() // 10 % 2, folder.train.labels)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="nothing must hold train/<class>"):
+        load(tmp_path / "nothing")
+
+
+def test_text_windows_follow_each_other(tmp_path):
+    text = "".join(chr(97 + number * number % 26) for number in range(2000))
+    (tmp_path / "some.txt").write_text(text)
+    data = load(tmp_path / "some.txt", tokens=16)
+    characters = sorted(set(text))
+    read = "".join(characters[number] for number in data.train.inputs.flatten())
+    assert text.startswith(read)
+    assert torch.equal(data.train.inputs[:, 1:], data.train.labels[:, :-1])
+    assert torch.equal(data.train.inputs[1:, 0], data.train.labels[:-1, -1])
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(DataError, match=r"short\.txt has 5 characters"):
+        load(tmp_path / "short.txt")
+
+
+@pytest.mark.parametrize(("name", "message"), [("missing.npz", "nothing at"), ("table.csv", "ends in '.csv'")])
+def test_what_is_no_data_is_said(tmp_path, name, message):
+    if "missing" not in name:
+        (tmp_path / name).write_text("1,2")
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / name)
+
+
+def test_fingerprint_sees_a_single_label():
+    digits = load(None)
+    labels = digits.train.labels.clone()
+    labels[5] += 1
+    other = replace(digits, train=replace(digits.train, labels=labels))
+    assert digits.fingerprint == load(None).fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        ("time, batch", Size(40, 100)),
+        ("time, steps", Size(64, 60)),
+        ("bytes, batch", Size(16, 400)),
+        ("bytes, parts", Size(64, 100, 4)),
+        ("bytes, larger batch", Size(256, 25)),
+    ],
+)
+def test_matching(by, expected):
+    # 0.6 lies half way between the steps on 32 and on 48 examples.
+    ladder = [(16, 0.3), (32, 0.5), (48, 0.7), (64, 1.0)]
+    assert match(by, Size(64, 100), ratio=0.6, ladder=ladder, bytes_share=0.25) == expected
+
+
+def test_batches_stay_on_the_ladder_and_noise_does_not_turn_it():
+    ladder = [(16, 0.3), (32, 0.28), (48, 0.7), (64, 1.0)]
+    assert find_batch_size(0.1, ladder) == 16
+    assert find_batch_size(2.0, ladder) == 64
+    sizes = [find_batch_size(ratio / 50, ladder) for ratio in range(60)]
+    assert sizes == sorted(sizes)
+
+
+def test_steps_to_a_target():
+    curve = [{"step": step, "validation_loss": loss} for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 0.5))]
+    assert steps_to(curve, 2.0) == 15.0
+    assert steps_to(curve, 0.75) == pytest.approx(30 + 10 * 1.25 / 1.5)
+    assert steps_to(curve, 0.4) is None
+    assert steps_to(curve, 5.0) == 10.0
+    assert steps_to([{"step": 10, "validation_loss": None}], 1.0) is None
+
+
+def test_reference_without_weights_is_biased_and_its_error_is_the_stated_one():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 8, dtype=torch.float64)
+    x, cotangent = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    cheapgrad.approximate(
+        layer, cheapgrad.Rule("*", cotangent=ColumnSample(0.5, design=LargestWithoutWeights())), skip_small=False
+    )
+    (layer(x) * cotangent).sum().backward()
+    largest = cotangent.norm(dim=0).topk(4).indices
+    expected = torch.zeros_like(layer.weight)
+    expected[largest] = (cotangent.T @ x)[largest]
+    torch.testing.assert_close(layer.weight.grad, expected)
+    norms = (cotangent.T @ x).square().sum(1)
+    stated = LargestWithoutWeights().variance(
+        norms, cotangent.norm(dim=0), 4, lambda weights: (weights.unsqueeze(1) * (cotangent.T @ x)).square().sum()
+    )
+    torch.testing.assert_close(stated, (expected - cotangent.T @ x).square().sum())
+
+
+def test_micro_batches_add_up_to_the_batch():
+    task = make_task()
+    batch = next(draw_batches(task, 30, 0))
+    gradients = []
+    for parts in (1, 4):
+        model = task.build_seeded(0)
+        loss = prepare(task, EXACT, model, []).backward(batch, parts)
+        gradients.append((loss, [parameter.grad for parameter in model.parameters()]))
+    assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-5)
+    torch.testing.assert_close(gradients[0][1], gradients[1][1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_is_its_declaration():
+    task = make_task()
+    first, again = (train(task, EXACT, declare(task, EXACT)) for _ in range(2))
+    other = train(task, EXACT, declare(task, EXACT, seed=1))
+    assert drop_times(first) == drop_times(again)
+    assert first["test_loss"] != other["test_loss"]
+    assert [point["step"] for point in first["curve"]] == [3, 6]
+    assert first["held_bytes"] > 0
+    assert first["peak_bytes"] > first["held_bytes"]
+    assert not first["is_diverged"]
+
+
+def test_checkpoints_train_the_same_and_hold_less():
+    task = make_language_task(load_digit_pixels(), width=64, depth=1, epochs=1, batch_size=4)
+    task, checkpoints = replace(task, steps=3), find_method("checkpoint each block")
+    exact, cheap = (train(task, method, declare(task, method)) for method in (EXACT, checkpoints))
+    assert cheap["test_loss"] == pytest.approx(exact["test_loss"], rel=1e-4)
+    assert cheap["held_bytes"] < exact["held_bytes"]
+
+
+def test_omega_of_a_sketch_is_measured_and_grows_with_what_is_dropped():
+    task = make_task()
+    omegas = []
+    for keep in (0.5, 0.1):
+        method = find_method(f"uniform masks, rows {keep}")
+        (point,) = train(task, method, declare(task, method))["noise"]
+        omegas.append(point["omega"])
+    # Uniform rows of independent examples: 1 / keep - 1 times the raw second moment over the variance, at least.
+    assert 0.5 < omegas[0] < omegas[1]
+    assert train(task, EXACT, declare(task, EXACT))["noise"][0]["omega"] is None
+
+
+def test_divergence_is_a_result():
+    task = make_task()
+    result = train(task, EXACT, declare(task, EXACT, learning_rate=1e30))
+    assert result["is_diverged"]
+    assert result["test_loss"] is None
+
+
+@pytest.mark.parametrize("kind", ["BagNet", "language model"])
+def test_other_networks_train(kind):
+    if kind == "BagNet":
+        task = make_bagnet_task(load(None), width=4, epochs=1, batch_size=8)
+    else:
+        task = make_language_task(load_digit_pixels(), width=64, depth=1, epochs=1, batch_size=4)
+    task = replace(task, steps=2, skip_small=False)
+    for label in ("recipes.speed(0.5)", "recipes.memory(4)"):
+        method = find_method(label)
+        result = train(task, method, declare(task, method, batch_size=4, evaluations=1))
+        assert result["noise"][0]["omega"] is not None
+        assert result["curve"][-1]["step"] == 2

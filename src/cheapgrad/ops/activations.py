@@ -16,7 +16,7 @@ from cheapgrad.ops.linear import may_need_grad
 from cheapgrad.sketch import AbstractStrategy, StochasticRounding, random
 from cheapgrad.sketch.bits import pack_bits, unpack_bits
 from cheapgrad.sketch.fixed_range import FixedRange, Grid
-from cheapgrad.sketch.transforms import is_transformed
+from cheapgrad.sketch.transforms import is_inside_transform, is_transformed
 
 # Entries worked on at a time on a CPU, so that what lies between two steps stays in the processor's cache.
 _PIECE = 1 << 19
@@ -308,6 +308,52 @@ def derivative_saved_bytes(activation: Activation, strategy: StochasticRounding,
         return rows * -(-features // 8)
     # Every row has a flag of two bytes, which shows a NaN.
     return rows * (-(-features * strategy.bits // 8) + 2)
+
+
+class _OverwritingActivation(_SketchedActivation):
+    """The same, writing the output over the input, as modules with ``inplace=True`` do."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(
+        x: Tensor, tie: Tensor | None, activation: Activation, strategy: AbstractStrategy | None, features: int
+    ) -> tuple[Tensor, ...]:
+        y = activation.forward(x)
+        kept = store_derivative(x, y, activation, strategy, features).tensors
+        return x.copy_(y), *kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_dirty(inputs[0])
+        _SketchedActivation.setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> None:
+        refuse_forward_mode("activation")
+
+
+def may_be_overwritten(x: Tensor) -> bool:
+    """Tell whether `overwriting_activation` can write over a tensor: an eager one that is neither a view nor a leaf."""
+    return (
+        not torch.compiler.is_compiling()
+        and not is_inside_transform()
+        and x.requires_grad
+        and not x.is_leaf
+        and not x._is_view()
+    )
+
+
+def overwriting_activation(x: Tensor, activation: Activation, strategy: AbstractStrategy) -> Tensor:
+    """Write ``f(x)`` over `x` and return it, holding for backward what `sketched_activation` holds.
+
+    Args:
+        x: the input; see `may_be_overwritten`.
+        activation: which one.
+        strategy: as for `store_derivative`.
+    """
+    tie = x.reshape(-1)[:0].clone()
+    return _OverwritingActivation.apply(x, tie, activation, strategy, features_of(tuple(x.shape)))[0]
 
 
 def sketched_activation(x: Tensor, activation: Activation, strategy: AbstractStrategy | None) -> Tensor:

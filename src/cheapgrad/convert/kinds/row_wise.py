@@ -11,8 +11,16 @@ from torch import Tensor, nn
 
 from cheapgrad.convert.kinds.element_wise import element_wise_kind
 from cheapgrad.convert.kinds.layer_kind import LayerKind
-from cheapgrad.ops.activations import Activation, derivative_saved_bytes, features_of, sketched_activation
+from cheapgrad.ops.activations import (
+    Activation,
+    derivative_saved_bytes,
+    features_of,
+    may_be_overwritten,
+    overwriting_activation,
+    sketched_activation,
+)
 from cheapgrad.ops.chains.activation_stage import ActivationStage
+from cheapgrad.ops.chains.chain import chain_of
 from cheapgrad.ops.chains.joining import is_row_wise, stage_in_chain
 from cheapgrad.ops.chains.norm_stage import LayerNormStage
 from cheapgrad.ops.chains.rebuilding import current_scope
@@ -41,9 +49,14 @@ def _run_layer_norm(module: Any, plan: Plan, x: Tensor) -> Tensor:
     return stage_in_chain(x, stage, (module.weight, module.bias), lambda: nn.LayerNorm.forward(module, x))
 
 
-def _run_activation(activation_of: Callable[[Any], Activation]) -> Callable[..., Tensor]:
+def _run_activation(stock: type[nn.Module], activation_of: Callable[[Any], Activation]) -> Callable[..., Tensor]:
     def run(module: Any, plan: Plan, x: Tensor) -> Tensor:
         activation = activation_of(module)
+        if getattr(module, "inplace", False):
+            # A chain passes through the stock module: the next linear layer recognises it.
+            if plan.stored is None or not x.numel() or chain_of(x) is not None or not may_be_overwritten(x):
+                return stock.forward(module, x)
+            return overwriting_activation(x, activation, plan.stored)
         stage = ActivationStage(activation, plan.stored)
         return stage_in_chain(x, stage, (), lambda: sketched_activation(x, activation, plan.stored))
 
@@ -149,7 +162,7 @@ ROW_WISE = (
     *(
         row_wise_kind(
             stock,
-            _run_activation(_activation_of(name, options)),
+            _run_activation(stock, _activation_of(name, options)),
             shape=activation_shape,
             saved_bytes=activation_bytes(name),
             draws_codes=Activation(name).slope_kind == "smooth",

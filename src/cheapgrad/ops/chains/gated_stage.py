@@ -1,4 +1,4 @@
-"""The inner half of a gated feed-forward as a stage: ``f(x Wg + bg) * (x Wu + bu)``."""
+"""The inner half of a gated feed-forward as a stage: ``f(x V + c) * (x W + b)``."""
 
 from __future__ import annotations
 

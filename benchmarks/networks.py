@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.vision_transformer import VisionTransformer
+from cheapgrad import linear_cross_entropy
 
 HEAD_WIDTH = 64
 
@@ -119,13 +120,12 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.words.weight
 
-    def features(self, numbers_BT: Tensor) -> Tensor:
-        """Return what the head is applied to, ``[B, T, D]``."""
-        return self.norm(self.blocks(self.words(numbers_BT) + self.positions[:, : numbers_BT.shape[1]]))
-
-    def forward(self, numbers_BT: Tensor) -> Tensor:
-        """Return scores of the next token."""
-        return self.head(self.features(numbers_BT))
+    def forward(self, numbers_BT: Tensor, labels_BT: Tensor | None = None) -> Tensor:
+        """Return scores of the next token; given labels the mean loss, without the scores ever being held whole."""
+        features_BTD = self.norm(self.blocks(self.words(numbers_BT) + self.positions[:, : numbers_BT.shape[1]]))
+        if labels_BT is None:
+            return self.head(features_BTD)
+        return linear_cross_entropy(features_BTD, self.head.weight, labels_BT, recompute=True)
 
 
 class Bottleneck(nn.Module):

@@ -16,5 +16,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _wide_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tables wrap at the width of whoever runs the tests; what they say is then cut in two.
+    monkeypatch.setenv("COLUMNS", "240")
+
+
+@pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)

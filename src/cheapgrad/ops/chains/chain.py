@@ -83,6 +83,10 @@ class _StandIn(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> None:
+        refuse_forward_mode("row-wise chain")
+
 
 def stand_in(x: Tensor) -> Tensor:
     """Return what leads to `x` in the graph and has its shape, but holds none of its numbers.

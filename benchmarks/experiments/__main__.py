@@ -59,7 +59,7 @@ def main() -> int:
     console = Console()
     make = partial(make_trials, settings)
     if arguments.docs:
-        _write_docs(make(), Store(arguments.out), console)
+        _write_docs(make(), Store(arguments.out), _describe_command(settings), console)
         return 0
     if arguments.list:
         _list(make(), Store(arguments.out), console)
@@ -83,10 +83,15 @@ def _list(trials: Trials, store: Store, console: Console) -> None:
     console.print(table)
 
 
-def _write_docs(trials: Trials, store: Store, console: Console) -> None:
-    # As it is typed, without the places where data and records lie on this machine.
-    words = ["python -m benchmarks.experiments", *(f"--data {task.dataset.name}" for task in trials.tasks[:1])]
-    command = words[0] if trials.tasks[0].dataset.kind.startswith("digit") else " ".join(words)
+def _describe_command(settings: Settings) -> str:
+    """Return what makes all runs of these tasks, without the places where things lie on this machine."""
+    words = ["python -m benchmarks.experiments", *(f"--data {path.name}" for path in settings.data)]
+    if settings.epochs != 1:
+        words.append(f"--epochs {settings.epochs:g}")
+    return " ".join(words)
+
+
+def _write_docs(trials: Trials, store: Store, command: str, console: Console) -> None:
     RESULTS.mkdir(exist_ok=True)
     for path in write_results(trials, store, command, RESULTS):
         console.print(path.name, highlight=False)

@@ -43,7 +43,8 @@ def write_task(results: TaskResults) -> str:
     ]
     if seeds:
         lines += [_write_methods(results), "", _write_reach(results), "", _write_rivals(results), ""]
-    return "\n".join([*lines, _write_missing(results), ""])
+        return "\n".join([*lines, _write_missing(results), ""])
+    return "\n".join([*lines, _write_costs(results), ""])
 
 
 def _write_methods(results: TaskResults) -> str:
@@ -70,6 +71,15 @@ def _write_methods(results: TaskResults) -> str:
         )
     heads = "method|rate|batch|time|backward|bytes held|ω|" + figure + "|− exact [95 %]|p (Holm)"
     return _table(heads.split("|"), rows)
+
+
+def _write_costs(results: TaskResults) -> str:
+    rows = [
+        [_name(row), *[_number(row.costs[name]) for name in ("ratio", "ratio_spread", "backward_ratio", "held_share")]]
+        for row in results.rows
+        if row.costs is not None
+    ]
+    return _table(["method", "time", "± quartiles", "backward", "bytes held"], rows)
 
 
 def _write_reach(results: TaskResults) -> str:

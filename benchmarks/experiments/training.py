@@ -80,7 +80,7 @@ def rate_share(step: int, steps: int) -> float:
     """Return the learning rate of a step, from 0, as a share of its peak: a straight rise, then half a cosine.
 
     >>> [round(rate_share(step, 10), 2) for step in (0, 1, 5, 9)]
-    [0.5, 1.0, 0.69, 0.04]
+    [0.5, 1.0, 0.59, 0.03]
     """
     rise = max(1, round(WARM_UP_SHARE * steps))
     if step < rise:

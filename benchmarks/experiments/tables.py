@@ -38,7 +38,7 @@ def write_task(results: TaskResults) -> str:
         )
     lines += [
         "",
-        f"![{results.task}](img/experiments_{results.slug}.png)" if seeds else "No run has been made yet.",
+        f"![{results.task}](img/experiments_{results.slug}.png)" if seeds else "No training has been made; what a step costs was measured.",
         "",
     ]
     if seeds:

@@ -17,6 +17,7 @@ from benchmarks.experiments.results import Row, TaskResults
 from benchmarks.experiments.statistics import Comparison, summarise
 
 _UNKNOWN = "–"
+_ONLY_COSTS = "No training has been made; what a step costs was measured."
 # Below this nobody would call two methods different in time.
 _SAME_TIME = 0.05
 
@@ -38,7 +39,7 @@ def write_task(results: TaskResults) -> str:
         )
     lines += [
         "",
-        f"![{results.task}](img/experiments_{results.slug}.png)" if seeds else "No training has been made; what a step costs was measured.",
+        f"![{results.task}](img/experiments_{results.slug}.png)" if seeds else _ONLY_COSTS,
         "",
     ]
     if seeds:

@@ -241,3 +241,29 @@ def test_codes_of_a_norm_that_attention_recomputes_from_are_made_once():
     convert(feed_forward, stored=CODES)
     gradients(feed_forward, x)
     assert not feed_forward[0]._cheapgrad.plan.root_use.is_kept
+
+
+def test_a_block_in_a_checkpoint_saves_the_same_twice():
+    # It is run again without the model around it.
+    model, stock = Attention(), Attention()
+    stock.load_state_dict(model.state_dict())
+
+    class Checkpointed(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            return checkpoint(self.block, x, use_reentrant=False)
+
+    head = nn.Linear(64, 64)
+    converted = nn.Sequential(model, copy.deepcopy(head))
+    convert(converted, stored=CODES)
+    converted[0] = Checkpointed(model)
+    reference = nn.Sequential(stock, head)
+    x = torch.randn(2, 8, 64)
+    for _ in range(2):
+        mine = gradients(converted, x)
+    theirs = gradients(reference, x)
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.98

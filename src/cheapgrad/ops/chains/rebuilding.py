@@ -133,6 +133,12 @@ class RebuildScope:
         """Whether somebody else's hooks are around this scope."""
         return self._outer is not None
 
+    @property
+    def is_innermost(self) -> bool:
+        """Whether what operations save here comes to this scope first."""
+        hooks = _autograd._top_saved_tensors_default_hooks(True)
+        return hooks is not None and hooks[0] == self._pack
+
     def enter(self) -> None:
         """Start looking."""
         self._token = _current.set(self)
@@ -193,5 +199,10 @@ def may_rebuild() -> bool:
 
 
 def current_scope() -> RebuildScope | None:
-    """Return the scope of the forward pass that is running, or None."""
-    return None if torch.compiler.is_compiling() else _current.get()
+    """Return the scope of the forward pass that is running, or None.
+
+    Inside somebody else's hooks, such as those of a checkpoint around one block, there is none: the block will be run
+    again without its model around it, and has to save the same tensors then.
+    """
+    scope = None if torch.compiler.is_compiling() else _current.get()
+    return scope if scope is not None and scope.is_innermost else None

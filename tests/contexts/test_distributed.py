@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.contexts.checks import check_draws
 from tests.contexts.table import CONTEXTS, ROWS
+from tests.two_processes import run_two_processes
 
 TIMEOUT_SECONDS = 240
-ROOT = Path(__file__).resolve().parents[2]
 ENTRIES = [
     (context.key, row) for context in CONTEXTS if context.key in ("ddp", "fsdp2") for row in ROWS if context.covers(row)
 ]
@@ -24,26 +19,9 @@ ENTRIES = [
 def results(tmp_path_factory):
     """What the two processes drew."""
     folder = tmp_path_factory.mktemp("distributed")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-m", "tests.contexts.distributed_worker"]
-    workers = [
-        subprocess.Popen(
-            [*arguments, str(rank), str(folder / "store"), str(folder / "results.pt")],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [worker.communicate(timeout=TIMEOUT_SECONDS)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(said)
-    return torch.load(folder / "results.pt", weights_only=True)
+    store, found = folder / "store", folder / "results.pt"
+    run_two_processes("tests.contexts.distributed_worker", store, found, timeout=TIMEOUT_SECONDS)
+    return torch.load(found, weights_only=True)
 
 
 @pytest.mark.slow

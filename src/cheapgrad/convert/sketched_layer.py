@@ -78,10 +78,14 @@ class Conversion:
     @property
     def kind(self) -> LayerKind:
         """The kind of the original class."""
-        kind = kind_of(self.original_class)
+        kind = _kind_of_converted(self.original_class)
         if kind is None:
             raise RuntimeError(f"{self.original_class.__name__} is no convertible class")
         return kind
+
+
+# Asked several times in every forward pass of every layer.
+_kind_of_converted = functools.cache(kind_of)
 
 
 class SketchedLayer(nn.Module):

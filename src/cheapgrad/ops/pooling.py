@@ -44,7 +44,8 @@ class MaxPooling:
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the maxima, bit for bit as PyTorch does, and the place in its window of each of them."""
         if len(self.kernel) == 1:
-            return tuple(tensor.squeeze(-2) for tensor in self._over_two_axes().forward(x.unsqueeze(-2)))  # type: ignore[return-value]
+            output, place = self._over_two_axes().forward(x.unsqueeze(-2))
+            return output.squeeze(-2), place.squeeze(-2)
         aten = torch.ops.aten
         pool = aten.max_pool2d_with_indices if len(self.kernel) == 2 else aten.max_pool3d_with_indices
         output, index = pool(x, *self._arguments())

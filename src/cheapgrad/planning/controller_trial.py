@@ -69,7 +69,7 @@ class Trial:
                 return None
             self._pass = _Pass(scores.view(examples, -1), self._generator)
             # Autograd calls it when the pass that runs now is over.
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)  # type: ignore[attr-defined] - private
         return None if scores.shape[0] % self._pass.examples else self._pass
 
     def _end_pass(self) -> None:

@@ -160,8 +160,11 @@ def rounding_steps(matrix_NI: Tensor, codec: StochasticRounding) -> tuple[Tensor
     groups = _as_groups(matrix_NI, codec.group)
     low, step = _scales(groups, codec.bits)
     position = torch.where(step != 0, (groups - low) / torch.where(step != 0, step, 1.0), 0.0).double()
-    both = (step.double().expand(groups.shape), position - position.floor())
-    return tuple(part.flatten()[: matrix_NI.numel()].view(matrix_NI.shape) for part in both)  # type: ignore[return-value]
+    step_NI, up_NI = (
+        part.flatten()[: matrix_NI.numel()].view(matrix_NI.shape)
+        for part in (step.double().expand(groups.shape), position - position.floor())
+    )
+    return step_NI, up_NI
 
 
 def _as_groups(matrix: Tensor, group: int) -> Tensor:

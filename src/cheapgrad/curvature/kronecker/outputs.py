@@ -37,7 +37,7 @@ class AbstractOutputs(abc.ABC):
     def sample_targets(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return targets drawn from the likelihood at the given outputs."""
 
-    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:  # noqa: B027
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:  # noqa: B027 - nothing to check unless a likelihood says so
         """Raise if targets are none of this likelihood; nothing is checked here, nor in a subclass that does not.
 
         Also called where targets have no part in the curvature, since ones that do not fit betray another mistake.

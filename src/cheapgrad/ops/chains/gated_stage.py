@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -142,8 +141,7 @@ class _OpenedGate(AbstractOpenedStage):
         self._factors = factors
         self._rows = rows
         self._weights = parameters[0], parameters[2]
-        # Decoded once, for both weights.
-        self._input_KI = None if input_KI is None else functools.cache(input_KI)
+        self._input_KI = input_KI
 
     def output(self) -> Tensor:
         """Return ``a * u`` on the kept rows."""
@@ -152,6 +150,9 @@ class _OpenedGate(AbstractOpenedStage):
     def pull_back(self, grad_KO: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
         """Return the gradients of the input, which both linear maps read, and of weights and biases."""
         wants_input, *of_parameters = wanted
+        # Decoded once, for both weights.
+        wants_weights = any(of_parameters[::2])
+        input_KI = self._input_KI() if wants_weights and self._input_KI is not None else None
         grad_input: Tensor | None = None
         gradients: list[Tensor | None] = []
         for place, grad_KD in enumerate(self._factors.split(grad_KO)):
@@ -160,8 +161,7 @@ class _OpenedGate(AbstractOpenedStage):
             if weight_DI is None:
                 raise RuntimeError("a gated stage has weights")
             grad_KD = grad_KD.to(weight_DI.dtype)
-            has_input = wants_weight and self._input_KI is not None
-            gradients.append(self._rows.contract(grad_KD, self._input_KI()) if has_input else None)  # type: ignore[misc]
+            gradients.append(self._rows.contract(grad_KD, input_KI) if wants_weight and input_KI is not None else None)
             gradients.append(grad_KD.sum(0) if wants_bias else None)
             if wants_input:
                 part_KI = grad_KD @ weight_DI

@@ -71,6 +71,63 @@ def _play(waiting, survivors, results, chance, taken):
             yield from _play(rest, [*survivors, (left, survivor)], [*results, result], chance * share, now_taken)
 
 
+def ordered_pivotal_chances(probabilities: np.ndarray) -> dict[frozenset[int], float]:
+    """Return the chance of every set, by duels one after another: whoever is not settled meets the next atom."""
+    states = {(0, float(probabilities[0]), frozenset()): 1.0}
+    for atom, mass_b in enumerate(probabilities[1:].tolist(), start=1):
+        grown: dict[tuple[int, float, frozenset[int]], float] = {}
+        for (standing, mass_a, taken), chance in states.items():
+            for winner, loser, left, is_taken, share in _duel(standing, mass_a, atom, mass_b):
+                state = (winner, left, taken | {loser} if is_taken else taken)
+                if share > 1e-15:
+                    grown[state] = grown.get(state, 0.0) + chance * share
+        states = grown
+    chances: dict[frozenset[int], float] = {}
+    for (standing, mass, taken), chance in states.items():
+        chosen = taken | {standing} if mass > 0.5 else taken
+        chances[chosen] = chances.get(chosen, 0.0) + chance
+    return chances
+
+
+def _duel(a: int, mass_a: float, b: int, mass_b: float) -> Iterator[tuple[int, int, float, bool, float]]:
+    """Yield winner, loser, the winner's mass, whether the loser is taken, and the chance."""
+    mass = mass_a + mass_b
+    # Sums of probabilities that make a whole number do so up to rounding only.
+    is_taken = mass > 1 - 1e-12
+    if is_taken:
+        a_wins = (1 - mass_a) / (2 - mass) if mass < 2 - 1e-12 else 0.0
+    else:
+        a_wins = mass_a / mass if mass > 0 else 1.0
+    left = max(mass - 1, 0.0) if is_taken else mass
+    yield a, b, left, is_taken, a_wins
+    yield b, a, left, is_taken, 1 - a_wins
+
+
+def ordered_pivotal_cells(probabilities: np.ndarray, count: int) -> list[list[tuple[float, float, float]]]:
+    """Return, per cell, all cases as (number of the contest, number of the duel, chance)."""
+    ends = probabilities.cumsum()
+    ends = np.concatenate([[0.0], ends * (count / ends[-1])])
+    cells, border = [], -1
+    for cell in range(count):
+        # Where a sum that should be a whole number is just below it, the next atom is the border instead.
+        border = max(border + 1, int(np.nonzero(ends[1:] >= cell + 1)[0][0]))
+        border = min(border, len(probabilities) - count + cell)
+        settled = min(max(ends[border] - cell, 0.0), 1.0)
+        rest = min(max(ends[border + 1] - cell - 1, 0.0), 1.0)
+        edges = np.array([0.0, *(end - cell for end in ends[1 : border + 1] if end > cell)])
+        contests = [((low + high) / 2 / settled, (high - low) / settled) for low, high in itertools.pairwise(edges)]
+        taken = (1 - settled) / (1 - rest) if rest < 1 else 0.0
+        cells.append(
+            [
+                (spot, duel, share * chance)
+                for spot, share in contests or [(0.5, 1.0)]
+                for duel, chance in ((0.0, taken), (1 - 2.0**-53, 1 - taken))
+                if share * chance > 1e-13
+            ]
+        )
+    return cells
+
+
 def replacement_outcomes(size: int, draws: int) -> np.ndarray:
     """Return all sequences of `draws` atoms, shape ``[size ** draws, draws]``."""
     return np.array(list(itertools.product(range(size), repeat=draws)))

@@ -17,6 +17,7 @@ from cheapgrad.sketch import (
     JointNorm,
     LowRank,
     Moment,
+    OrderedPivotal,
     Pivotal,
     Poisson,
     PredictedNorm,
@@ -33,7 +34,15 @@ from cheapgrad.sketch import (
 )
 
 COTANGENT, STORED = Moment.COTANGENT, Moment.STORED
-DESIGNS = (Systematic(), Systematic(permute=False), Pivotal(), Poisson(), WithReplacement(), WinnerTakeAll())
+DESIGNS = (
+    Systematic(),
+    Systematic(permute=False),
+    Pivotal(),
+    OrderedPivotal(),
+    Poisson(),
+    WithReplacement(),
+    WinnerTakeAll(),
+)
 KINDS = (Rademacher(), Gaussian(), Hadamard(), CountSketch())
 
 

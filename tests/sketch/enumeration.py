@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from cheapgrad.sketch import (
+    OrderedPivotal,
     Pivotal,
     Poisson,
     Systematic,
@@ -41,7 +43,7 @@ def enumerate_design(
     design: AbstractDesign, scores: torch.Tensor, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> Outcomes:
     """List every outcome of `design`."""
-    if isinstance(design, (Systematic, Pivotal)):
+    if isinstance(design, (Systematic, Pivotal, OrderedPivotal)):
         return _enumerate_fixed_size(design, tuple(scores.tolist()), count)
     if isinstance(design, Poisson):
         return _poisson(design, scores, count, monkeypatch)
@@ -52,7 +54,7 @@ def enumerate_design(
 @functools.cache
 def _enumerate_fixed_size(design: AbstractDesign, score_list: tuple[float, ...], count: int) -> Outcomes:
     scores = torch.tensor(score_list, dtype=torch.float64)
-    list_outcomes = _systematic if isinstance(design, Systematic) else _pivotal
+    list_outcomes = {Systematic: _systematic, Pivotal: _pivotal, OrderedPivotal: _ordered_pivotal}[type(design)]
     return _fixed_size(scores, count, *list_outcomes(design, scores, count))
 
 
@@ -101,6 +103,21 @@ def _pivotal(design, scores, count):
     index = design.select(probabilities.expand_as(keys), (keys, torch.tensor(numbers, dtype=torch.float64)), count)
     assert [set(row) for row in index.tolist()] == sets
     return index, np.array(chances) / len(orders)
+
+
+def _ordered_pivotal(design, scores, count):
+    probabilities = water_filling(scores, count)
+    cases = list(itertools.product(*oracle.ordered_pivotal_cells(probabilities.numpy(), count)))
+    spots, duels, shares = (np.array([[part[place] for part in case] for case in cases]) for place in range(3))
+    numbers = torch.as_tensor(np.concatenate([spots, duels], 1))
+    chances = shares.prod(1)
+    index = design.select(probabilities.expand(len(cases), -1), (numbers,), count)
+    # The duels one after another, atom by atom, make the same sets with the same chances.
+    found: dict[frozenset[int], float] = {}
+    for chosen, chance in zip(map(frozenset, index.tolist()), chances, strict=True):
+        found[chosen] = found.get(chosen, 0.0) + chance
+    assert found == pytest.approx(oracle.ordered_pivotal_chances(probabilities.numpy()), rel=1e-9, abs=1e-12)
+    return index, chances
 
 
 def _fixed_size(scores, count, index, chances):

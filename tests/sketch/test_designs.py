@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from cheapgrad.sketch import Pivotal, Poisson, Systematic, WinnerTakeAll, WithReplacement, random, water_filling
+from cheapgrad.sketch import (
+    OrderedPivotal,
+    Pivotal,
+    Poisson,
+    Systematic,
+    WinnerTakeAll,
+    WithReplacement,
+    random,
+    water_filling,
+)
 from tests.sketch.enumeration import enumerate_design
 
 SCORES = {
@@ -29,7 +38,8 @@ LONG = {
     "skewed 30": [0.05 + (7 * atom % 30 / 30) ** 3 for atom in range(30)],
     "flat 21": [1.0] * 21,
 }
-FIXED = (Systematic(), Pivotal())
+FIXED = (Systematic(), Pivotal(), OrderedPivotal())
+SHUFFLED = (Systematic(), Pivotal())
 IN_ORDER = Systematic(permute=False)
 FREE = (Poisson(), WithReplacement(), WinnerTakeAll())
 
@@ -52,7 +62,11 @@ def _takes_long(design, size, count):
 
 SMALL_CASES = [*_cases(FIXED, SCORES), *_cases(FREE, SCORES)]
 IN_ORDER_CASES = [*_cases((IN_ORDER,), SCORES | LARGE), *_cases((IN_ORDER,), LONG, (2, 7, 13))]
-LARGE_CASES = [*_cases((Systematic(),), LARGE, (3,)), *_cases((Poisson(),), LARGE, (3,))]
+LARGE_CASES = [
+    *_cases((Systematic(),), LARGE, (3,)),
+    *_cases((OrderedPivotal(),), LARGE, (3, 5)),
+    *_cases((Poisson(),), LARGE, (3,)),
+]
 
 
 def _atoms(scores):
@@ -82,7 +96,12 @@ def test_probability_mean_and_variance_are_exact(design, scores, count, monkeypa
 
 @pytest.mark.parametrize(
     ("design", "scores", "count"),
-    [*_cases(FIXED, SCORES), *_cases((Systematic(),), LARGE, (3,)), *IN_ORDER_CASES],
+    [
+        *_cases(FIXED, SCORES),
+        *_cases((Systematic(),), LARGE, (3,)),
+        *_cases((OrderedPivotal(),), LARGE, (3, 5)),
+        *IN_ORDER_CASES,
+    ],
 )
 def test_fixed_designs_have_the_size_and_the_marginals(design, scores, count, monkeypatch):
     scores = torch.tensor(scores, dtype=torch.float64)
@@ -92,7 +111,10 @@ def test_fixed_designs_have_the_size_and_the_marginals(design, scores, count, mo
     np.testing.assert_allclose(marginals, water_filling(scores, count), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize(("design", "scores", "count"), [*_cases(FIXED, SCORES), *_cases((Systematic(),), LARGE, (3,))])
+@pytest.mark.parametrize(
+    ("design", "scores", "count"),
+    [*_cases(FIXED, SCORES), *_cases((Systematic(),), LARGE, (3,)), *_cases((OrderedPivotal(),), LARGE, (3, 5))],
+)
 def test_joint_inclusion_is_exact(design, scores, count, monkeypatch):
     scores = torch.tensor(scores, dtype=torch.float64)
     outcomes = enumerate_design(design, scores, count, monkeypatch)
@@ -127,7 +149,7 @@ def test_no_fixed_design_beats_water_filling_and_ours_reach_it_on_orthogonal_ato
     assert outcomes.chances @ errors == pytest.approx(optimum, rel=1e-12)
 
 
-@pytest.mark.parametrize("design", FIXED, ids=repr)
+@pytest.mark.parametrize("design", SHUFFLED, ids=repr)
 @pytest.mark.parametrize("size", [9, 12, 30])
 @pytest.mark.parametrize("flat", [True, False])
 def test_beyond_enumeration_the_variance_is_exact_for_flat_scores_and_for_orthogonal_atoms(design, size, flat):
@@ -151,14 +173,28 @@ def test_in_order_there_are_no_joint_probabilities_of_all_orders():
     assert IN_ORDER.joint_inclusion(torch.full((4,), 0.5, dtype=torch.float64)) is None
 
 
-def test_neighbours_that_resemble_each_other_are_spread_in_order():
-    atoms = torch.arange(24, dtype=torch.float64).div(4).floor().sin().unsqueeze(1)
-    scores = torch.ones(24, dtype=torch.float64)
-    in_order, shuffled = (
-        float(design.variance(atoms.square().sum(1), scores, 6, lambda weights: (weights @ atoms).square().sum()))
-        for design in (IN_ORDER, Systematic())
+def _variance(design, atoms, count):
+    scores = torch.ones(len(atoms), dtype=torch.float64)
+    return float(
+        design.variance(atoms.square().sum(1), scores, count, lambda weights: (weights @ atoms).square().sum())
     )
-    assert in_order < 1e-12 < shuffled
+
+
+@pytest.mark.parametrize("in_order", [IN_ORDER, OrderedPivotal()], ids=repr)
+def test_neighbours_that_resemble_each_other_are_spread_in_order(in_order):
+    atoms = torch.arange(24, dtype=torch.float64).div(4).floor().sin().unsqueeze(1)
+    assert _variance(in_order, atoms, 6) < 1e-12 < _variance(Systematic(), atoms, 6)
+
+
+def test_a_period_of_the_atoms_is_in_step_with_systematic_sampling_only():
+    atoms = torch.tensor([[1.0], [-1.0]], dtype=torch.float64).repeat(20, 1)
+    shuffled, in_order, pivotal = (
+        _variance(design, atoms, 20) for design in (Systematic(), IN_ORDER, OrderedPivotal())
+    )
+    assert in_order > 15 * shuffled
+    # One atom of every pair, whichever: independent fair signs of size 2, twenty of them.
+    assert pivotal == pytest.approx(20 * 4)
+    assert pivotal < 2 * shuffled
 
 
 def test_in_order_the_variance_of_many_atoms_is_a_quadrature(monkeypatch):
@@ -169,6 +205,18 @@ def test_in_order_the_variance_of_many_atoms_is_a_quadrature(monkeypatch):
     errors = (outcomes.weights @ atoms.numpy() - atoms.numpy().sum(0)) ** 2
     stated = IN_ORDER.variance(atoms.square().sum(1), scores, 40, lambda weights: (weights @ atoms).square().sum())
     assert float(stated) == pytest.approx(outcomes.chances @ errors.sum(1), rel=0.05)
+
+
+def test_ordered_pivotal_states_the_variance_of_many_atoms_from_draws():
+    generator = torch.Generator().manual_seed(2)
+    scores = 0.1 + torch.rand(300, generator=generator, dtype=torch.float64)
+    atoms = torch.randn(300, 200, generator=generator, dtype=torch.float64) * scores.unsqueeze(1)
+    design = OrderedPivotal()
+    selection = design.draw(scores.expand(4000, 300), 40, generator=generator)
+    weights = torch.zeros(4000, 300, dtype=torch.float64).scatter(1, selection.index_K, selection.weight_K)
+    measured = (weights @ atoms - atoms.sum(0)).square().sum(1).mean()
+    stated = design.variance(atoms.square().sum(1), scores, 40, lambda weights: (weights @ atoms).square().sum())
+    assert float(stated) == pytest.approx(float(measured), rel=0.05)
 
 
 @pytest.mark.parametrize("design", [*FIXED, IN_ORDER, *FREE], ids=repr)

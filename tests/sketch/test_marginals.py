@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from cheapgrad.sketch import Pivotal, Systematic, water_filling
+from cheapgrad.sketch import OrderedPivotal, Pivotal, Systematic, water_filling
 
 DRAWS = 20_000
 SIZE, COUNT = 50, 12
@@ -29,7 +29,7 @@ def _outside_band(index, probabilities, tests):
 
 
 @pytest.mark.parametrize("kind", ["flat", "mild", "skewed"])
-@pytest.mark.parametrize("design", [Systematic(), Pivotal()], ids=repr)
+@pytest.mark.parametrize("design", [Systematic(), Pivotal(), OrderedPivotal()], ids=repr)
 def test_sizes_and_frequencies(design, kind):
     scores = _scores(kind)
     selection = design.draw(scores.expand(DRAWS, SIZE), COUNT)
@@ -46,14 +46,14 @@ def test_torch_multinomial_does_not_have_the_marginals_asked_for():
     assert _outside_band(index, probabilities, tests=6 * SIZE).size > SIZE // 4
 
 
-@pytest.mark.parametrize("design", [Systematic(), Pivotal()], ids=repr)
+@pytest.mark.parametrize("design", [Systematic(), Pivotal(), OrderedPivotal()], ids=repr)
 def test_repeated_draws_differ(design):
     scores = _scores("mild")
     draws = {tuple(design.draw(scores, COUNT).index_K.sort().values.tolist()) for _ in range(50)}
     assert len(draws) >= 49
 
 
-@pytest.mark.parametrize("design", [Systematic(), Pivotal()], ids=repr)
+@pytest.mark.parametrize("design", [Systematic(), Pivotal(), OrderedPivotal()], ids=repr)
 def test_a_generator_is_honoured(design):
     scores = _scores("mild")
     first = design.draw(scores, COUNT, generator=torch.Generator().manual_seed(5))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from cheapgrad.sketch import Pivotal, Poisson, Systematic, WinnerTakeAll, WithReplacement, random
+from cheapgrad.sketch import OrderedPivotal, Pivotal, Poisson, Systematic, WinnerTakeAll, WithReplacement, random
 
 LIKE = torch.zeros(1)
 SAMPLE = 200_000
@@ -64,7 +64,9 @@ def test_all_ranks_take_the_same_number_of_steps_of_the_generator(on_rank):
     assert torch.equal(states[0], states[2])
 
 
-@pytest.mark.parametrize("design", [Systematic(), Pivotal(), Poisson(), WithReplacement(), WinnerTakeAll()], ids=repr)
+@pytest.mark.parametrize(
+    "design", [Systematic(), Pivotal(), OrderedPivotal(), Poisson(), WithReplacement(), WinnerTakeAll()], ids=repr
+)
 def test_designs_differ_between_ranks(design, on_rank):
     scores = torch.linspace(1, 2, 40, dtype=torch.float64)
     drawn = {}

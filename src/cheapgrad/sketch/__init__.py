@@ -11,6 +11,7 @@ from cheapgrad.sketch._strategy import AbstractDrawnCotangent, AbstractStrategy
 from cheapgrad.sketch.column_sample import ColumnSample
 from cheapgrad.sketch.designs import (
     AbstractDesign,
+    OrderedPivotal,
     Pivotal,
     Poisson,
     Systematic,
@@ -73,6 +74,7 @@ __all__ = [
     "LowRank",
     "Moment",
     "Operands",
+    "OrderedPivotal",
     "Pivotal",
     "Poisson",
     "PredictedNorm",

@@ -172,7 +172,6 @@ def _published() -> list[Method]:
                 budget=keep,
                 published="uniform masks (arXiv:2602.14701), on our axis: rows; fixed size",
                 is_quick=keep == 0.3,
-                is_tuned=keep == 0.3,
             ),
             Method(
                 f"uniform masks, columns {keep}",
@@ -279,7 +278,9 @@ def _fair_baselines() -> list[Method]:
         label = f"recipes.speed({keep})"
         by_batch, by_steps = Match(label, "time, batch"), Match(label, "time, steps")
         matched += [
-            Method(f"smaller batch, time of {label}", "batch", match=by_batch, is_quick=True, is_tuned=keep == 0.3),
+            Method(
+                f"smaller batch, time of {label}", "batch", match=by_batch, is_quick=keep > 0.1, is_tuned=keep == 0.3
+            ),
             Method(f"fewer steps, time of {label}", "steps", match=by_steps, is_quick=keep == 0.3),
         ]
     memory = "recipes.memory(4)"

@@ -31,6 +31,7 @@ class Task:
         skip_small: whether small layers are left alone, as `cheapgrad.approximate` does by default.
         evaluations: points of the curve.
         noise_points: points at which added variance is measured.
+        curve_examples: validation examples that a point of the curve is measured on, at most.
     """
 
     name: str
@@ -44,6 +45,8 @@ class Task:
     skip_small: bool = True
     evaluations: int = 10
     noise_points: int = 3
+    # A point is for the shape of the curve; the last figures are on everything.
+    curve_examples: int = 1000
     data: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,6 +124,7 @@ def make_transformer_task(
         batch_size=batch_size,
         steps=round(epochs * len(dataset.train) / batch_size),
         learning_rates=(3e-4, 1e-3, 3e-3),
+        curve_examples=500,
     )
 
 
@@ -135,6 +139,7 @@ def make_bagnet_task(dataset: Dataset, *, width: int, epochs: float, batch_size:
         batch_size=batch_size,
         steps=round(epochs * len(dataset.train) / batch_size),
         learning_rates=(1e-3, 3e-3, 1e-2),
+        curve_examples=500,
     )
 
 
@@ -150,6 +155,8 @@ def make_language_task(dataset: Dataset, *, width: int, depth: int, epochs: floa
         batch_size=batch_size,
         steps=round(epochs * len(dataset.train) / batch_size),
         learning_rates=(1e-3, 3e-3, 1e-2),
+        # Each is a whole sequence of predictions.
+        curve_examples=200,
     )
 
 
@@ -157,9 +164,9 @@ def make_quick_tasks(digits: Dataset, pixels: Dataset) -> tuple[Task, ...]:
     """Return small networks on the bundled digits, their small layers converted too: they have hardly any others."""
     tasks = (
         make_perceptron_task(digits, hidden=512, epochs=10, batch_size=128),
-        make_transformer_task(digits, width=128, depth=2, side=2, heads=4, epochs=8, batch_size=64),
-        make_bagnet_task(digits, width=8, epochs=5, batch_size=64),
-        make_language_task(pixels, width=64, depth=2, epochs=4, batch_size=64),
+        make_transformer_task(digits, width=128, depth=2, side=2, heads=4, epochs=4, batch_size=64),
+        make_bagnet_task(digits, width=8, epochs=4, batch_size=64),
+        make_language_task(pixels, width=64, depth=2, epochs=3, batch_size=64),
     )
     return tuple(replace(task, skip_small=False, evaluations=6, noise_points=2) for task in tasks)
 
@@ -169,14 +176,11 @@ def make_full_tasks(dataset: Dataset) -> tuple[Task, ...]:
     if dataset.kind == "table":
         return (
             make_perceptron_task(dataset, hidden=500, epochs=10, batch_size=128),
-            replace(
-                make_perceptron_task(dataset, hidden=1024, epochs=0, batch_size=1024, name="wide MLP"),
-                learning_rates=(),
-            ),
+            make_perceptron_task(dataset, hidden=1024, epochs=10, batch_size=256, name="wide MLP"),
         )
     if dataset.kind == "folder":
         return (
-            make_transformer_task(dataset, width=192, depth=4, side=4, heads=3, epochs=10, batch_size=128),
-            make_bagnet_task(dataset, width=16, epochs=10, batch_size=128),
+            make_transformer_task(dataset, width=256, depth=2, side=8, heads=4, epochs=10, batch_size=64),
+            make_bagnet_task(dataset, width=8, epochs=10, batch_size=64),
         )
-    return (make_language_task(dataset, width=192, depth=4, epochs=2, batch_size=32),)
+    return (make_language_task(dataset, width=256, depth=2, epochs=3, batch_size=16),)

@@ -27,8 +27,6 @@ _NOISE_BATCHES = 6
 _NOISE_SEED = 5000
 _DRAW_SEED = 1000
 _EVALUATED_AT_ONCE = 512
-# The curve is for its shape; the last figures are on everything.
-_MOST_ON_CURVE = 1000
 
 
 def draw_batches(task: Task, batch_size: int, seed: int) -> Iterator[Batch]:
@@ -117,7 +115,7 @@ class _Progress:
         """Add to the curve and measure variance where it is time to."""
         if step in self._marks:
             validation = self.task.dataset.validation
-            loss, accuracy = evaluate(self.prepared, _first(validation, _MOST_ON_CURVE))
+            loss, accuracy = evaluate(self.prepared, _first(validation, self.task.curve_examples))
             self._curve.append(
                 {
                     "step": step,

@@ -14,6 +14,7 @@ from benchmarks.experiments.declaration import CostRun, Declaration, TrainingRun
 from benchmarks.experiments.matching import Size, match
 from benchmarks.experiments.methods import EXACT, Method
 from benchmarks.experiments.runner import Finds
+from benchmarks.experiments.store import Record
 from benchmarks.experiments.tasks import Task
 from benchmarks.experiments.training import train
 
@@ -114,10 +115,14 @@ class Trials:
 
     def find_costs(self, task: Task, method: Method, records: Finds) -> dict[str, Any] | None:
         """Return what was measured of a step of a method on the usual batch, or None where that is not known."""
+        record = self._find_cost_record(task, method, records)
+        return None if record is None else record["result"]["methods"].get(method.words)
+
+    def _find_cost_record(self, task: Task, method: Method, records: Finds) -> Record | None:
         for run in self.list_cost_runs(task):
             record = records.find(identify(run)) if method.words in {*run.methods, EXACT.words} else None
             if record is not None:
-                return record["result"]["methods"].get(method.words)
+                return record
         return None
 
     def find_size(self, task: Task, method: Method, records: Finds) -> Size | None:
@@ -129,10 +134,11 @@ class Trials:
         if method.match is None:
             return usual
         other = next(each for each in self.methods if each.label == method.match.label)
-        found = self.find_costs(task, other, records)
-        if found is None or "error" in found:
+        record = self._find_cost_record(task, other, records)
+        found = None if record is None else record["result"]["methods"].get(other.words)
+        if record is None or found is None or "error" in found:
             return None
-        record = next(filter(None, (records.find(identify(run)) for run in self.list_cost_runs(task))))
+        # The ladder was climbed in turn with the method itself: both were slowed down by the same neighbours.
         return match(
             method.match.by,
             usual,

@@ -175,12 +175,12 @@ def make_full_tasks(dataset: Dataset) -> tuple[Task, ...]:
     """Return the networks for what a path held."""
     if dataset.kind == "table":
         return (
-            make_perceptron_task(dataset, hidden=500, epochs=10, batch_size=128),
-            make_perceptron_task(dataset, hidden=1024, epochs=10, batch_size=256, name="wide MLP"),
+            make_perceptron_task(dataset, hidden=500, epochs=3, batch_size=128),
+            make_perceptron_task(dataset, hidden=1024, epochs=3, batch_size=256, name="wide MLP"),
         )
     if dataset.kind == "folder":
         return (
-            make_transformer_task(dataset, width=256, depth=2, side=8, heads=4, epochs=10, batch_size=64),
-            make_bagnet_task(dataset, width=8, epochs=10, batch_size=64),
+            make_transformer_task(dataset, width=256, depth=2, side=8, heads=4, epochs=1, batch_size=64),
+            make_bagnet_task(dataset, width=8, epochs=1, batch_size=64),
         )
-    return (make_language_task(dataset, width=256, depth=2, epochs=3, batch_size=16),)
+    return (make_language_task(dataset, width=256, depth=2, epochs=0.3, batch_size=16),)

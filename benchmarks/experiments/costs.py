@@ -70,21 +70,21 @@ def measure_costs(task: Task, methods: Sequence[Method], rounds: int, seed: int)
     batch = next(draw_batches(task, task.batch_size, seed))
     steppers: dict[str, _Stepper] = {}
     results: dict[str, dict[str, Any]] = {}
-    for method in (EXACT, *[method for method in methods if method.words != EXACT.words]):
+    for method in (EXACT, *[method for method in methods if method.step_words != EXACT.step_words]):
         try:
-            steppers[method.words] = _make_stepper(task, method, batch, seed)
-            held_bytes, peak_bytes = steppers[method.words].prepared.measure_bytes(batch)
+            steppers[method.step_words] = _make_stepper(task, method, batch, seed)
+            held_bytes, peak_bytes = steppers[method.step_words].prepared.measure_bytes(batch)
         except CheapgradError as error:
-            results[method.words] = {"error": f"{type(error).__name__}: {error}"}
-            steppers.pop(method.words, None)
+            results[method.step_words] = {"error": f"{type(error).__name__}: {error}"}
+            steppers.pop(method.step_words, None)
             continue
-        results[method.words] = {"held_bytes": held_bytes, "peak_bytes": peak_bytes}
+        results[method.step_words] = {"held_bytes": held_bytes, "peak_bytes": peak_bytes}
     sizes = sorted({max(2, round(share * task.batch_size)) for share in LADDER})
     ladder = {size: _make_stepper(task, EXACT, _first(batch, size), seed) for size in sizes}
     _take_turns([*steppers.values(), *ladder.values()], rounds)
-    reference = [sum(parts) for parts in steppers[EXACT.words].seconds]
+    reference = [sum(parts) for parts in steppers[EXACT.step_words].seconds]
     for words, stepper in steppers.items():
-        results[words] |= _summarise(stepper, reference, steppers[EXACT.words])
+        results[words] |= _summarise(stepper, reference, steppers[EXACT.step_words])
     return {
         "methods": results,
         "ladder": [[size, _summarise(stepper, reference, None)["ratio"]] for size, stepper in ladder.items()],

@@ -21,7 +21,7 @@ class CostRun:
         methods: what each method does, in words that tell any two apart.
         rounds: timed steps of every method.
         threads: of torch.
-        seed: of the weights.
+        seed: of the weights, and number of the measurement: the next one measures anew, on a quieter machine say.
     """
 
     kind: ClassVar[str] = "costs"

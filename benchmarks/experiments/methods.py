@@ -31,6 +31,10 @@ from cheapgrad.sketch import (
 KEEPS = (0.5, 0.3, 0.1)
 PLANNED_FLOPS = (0.8, 0.6, 0.45)
 CONTROLLED_NOISE = 0.05
+# A target that moves, from noise that costs little while the loss still falls fast to hardly any.
+SCHEDULED_NOISE = (0.4, 0.02)
+# Where exact gradients might matter most: while the weights settle, or while they find their way.
+REMEDIES = {"last 20 % exact": (0.8, 1.0), "first 20 % exact": (0.0, 0.2)}
 # Where the refreshed basis of rank-constrained sketches is found anew.
 _REFRESH_STEPS = 10
 
@@ -58,7 +62,8 @@ class Method:
         rules: what `cheapgrad.approximate` is given.
         make_rules: makes rules that depend on the model, such as ranks.
         planned_flops: budget of the backward pass for `cheapgrad.plan`, as a share.
-        controlled_noise: target of `cheapgrad.Controller`.
+        controlled_noise: target of `cheapgrad.Controller`, at the first step and at the last.
+        exact_between: shares of the training between which gradients are exact.
         checkpoints: whether every block is checkpointed.
         memory_budget: share for the compiler's activation memory budget; None does not compile.
         match: what an exact method is made equal to, if anything.
@@ -74,7 +79,8 @@ class Method:
     rules: tuple[cheapgrad.Rule, ...] = ()
     make_rules: Callable[[nn.Module], tuple[cheapgrad.Rule, ...]] | None = field(default=None, compare=False)
     planned_flops: float | None = None
-    controlled_noise: float | None = None
+    controlled_noise: tuple[float, float] | None = None
+    exact_between: tuple[float, float] | None = None
     checkpoints: bool = False
     memory_budget: float | None = None
     match: Match | None = None
@@ -87,8 +93,18 @@ class Method:
     @property
     def words(self) -> str:
         """What it does, in words that tell any two apart; batch size and number of steps are not in it."""
+        if self.exact_between is None:
+            return self.step_words
+        return self.step_words + " exact between {:g} and {:g} of the steps".format(*self.exact_between)
+
+    @property
+    def step_words(self) -> str:
+        """What it does in a step that is not exact: methods that share it have steps of equal cost."""
+        if self.controlled_noise is not None:
+            first, last = self.controlled_noise
+            return f"{' '.join(map(repr, self.rules))} controlled {first:g}" + f" to {last:g}" * (first != last)
         if self.rules:
-            return " ".join(map(repr, self.rules)) + (f" controlled {self.controlled_noise}" * bool(self.is_controlled))
+            return " ".join(map(repr, self.rules))
         if self.make_rules is not None:
             return self.label
         if self.planned_flops is not None:
@@ -98,22 +114,19 @@ class Method:
         return "exact" if self.memory_budget is None else f"compiled, budget {self.memory_budget}"
 
     @property
-    def is_controlled(self) -> bool:
-        """Whether a controller keeps its noise."""
-        return self.controlled_noise is not None
+    def exact_share(self) -> float:
+        """Share of the steps that are exact although the others are not."""
+        return 0.0 if self.exact_between is None else self.exact_between[1] - self.exact_between[0]
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether what a step costs depends on the state of the training."""
+        return self.planned_flops is not None or self.controlled_noise is not None
 
     @property
     def is_converted(self) -> bool:
         """Whether sketches are drawn."""
         return bool(self.rules) or self.make_rules is not None or self.planned_flops is not None
-
-    def why_unavailable(self) -> str:
-        """Return why this installation cannot run it, or an empty text."""
-        if self.is_controlled and not hasattr(cheapgrad, "Controller"):
-            return "cheapgrad.Controller is not in this version"
-        if self.planned_flops is not None and not hasattr(cheapgrad, "plan"):
-            return "cheapgrad.plan is not in this version"
-        return ""
 
 
 EXACT = Method("exact", "exact", is_quick=True)
@@ -121,7 +134,16 @@ EXACT = Method("exact", "exact", is_quick=True)
 
 def list_methods() -> tuple[Method, ...]:
     """Return everything that is compared, the exact method first."""
-    return (EXACT, *_recipes(), *_strategies(), *_published(), *_budgeted(), *_fair_baselines(), *_biased())
+    return (
+        EXACT,
+        *_recipes(),
+        *_strategies(),
+        *_published(),
+        *_budgeted(),
+        *_remedies(),
+        *_fair_baselines(),
+        *_biased(),
+    )
 
 
 def _cotangent(strategy: cheapgrad.sketch.AbstractStrategy) -> tuple[cheapgrad.Rule, ...]:
@@ -141,10 +163,7 @@ def _recipes() -> list[Method]:
         Method("recipes.memory(4)", "memory", recipes.memory(4), is_quick=True),
         Method("recipes.memory(2)", "memory", recipes.memory(2)),
     ]
-    both = [
-        Method(f"recipes.both(4, {keep})", "both", recipes.both(4, keep), budget=keep, is_quick=keep == 0.3)
-        for keep in KEEPS
-    ]
+    both = [Method(f"recipes.both(4, {keep})", "both", recipes.both(4, keep), budget=keep) for keep in KEEPS]
     return [*speed, *memory, *both]
 
 
@@ -214,7 +233,6 @@ def _published() -> list[Method]:
                 _stored(RowSample(keep, design=WithReplacement())),
                 budget=keep,
                 published="column-row sampling (SIAM J. Comput. 36, 2006), at forward time: blind to the cotangent",
-                is_quick=keep == 0.3,
             ),
             Method(
                 f"winner-take-all {keep}",
@@ -262,14 +280,29 @@ def _budgeted() -> list[Method]:
         Method(f"plan(flops={share})", f"plan {share}", planned_flops=share, is_quick=share == 0.6)
         for share in PLANNED_FLOPS
     ]
-    controlled = Method(
-        f"Controller(noise={CONTROLLED_NOISE})",
-        "controller",
-        recipes.speed(0.5),
-        controlled_noise=CONTROLLED_NOISE,
-        is_quick=True,
-    )
-    return [*planned, controlled]
+    constant, moving = (CONTROLLED_NOISE, CONTROLLED_NOISE), SCHEDULED_NOISE
+    controlled = [
+        Method(
+            f"Controller(noise={CONTROLLED_NOISE})",
+            "controller",
+            recipes.speed(0.5),
+            controlled_noise=constant,
+            is_quick=True,
+        ),
+        Method(
+            "Controller(noise={:g} to {:g})".format(*moving), "controller", recipes.speed(0.3), controlled_noise=moving
+        ),
+    ]
+    return [*planned, *controlled]
+
+
+def _remedies() -> list[Method]:
+    """Return what might help where a constant share of rows falls short: exact gradients for a part of the steps."""
+    return [
+        Method(f"recipes.speed({keep}), {name}", "speed", recipes.speed(keep), exact_between=between)
+        for keep in (0.3, 0.1)
+        for name, between in REMEDIES.items()
+    ]
 
 
 def _fair_baselines() -> list[Method]:
@@ -283,6 +316,10 @@ def _fair_baselines() -> list[Method]:
             ),
             Method(f"fewer steps, time of {label}", "steps", match=by_steps, is_quick=keep == 0.3),
         ]
+    by_batch = {each.label: Match(each.label, "time, batch") for each in _remedies()}
+    matched += [
+        Method(f"smaller batch, time of {label}", "batch", match=by_time) for label, by_time in by_batch.items()
+    ]
     memory = "recipes.memory(4)"
     return [
         *matched,
@@ -293,7 +330,6 @@ def _fair_baselines() -> list[Method]:
             "larger batch",
             recipes.memory(4),
             match=Match(memory, "bytes, larger batch"),
-            is_quick=True,
         ),
         Method("checkpoint each block", "checkpoints", checkpoints=True, is_quick=True),
         Method("compiled", "compiled", memory_budget=1.0),

@@ -15,6 +15,7 @@ from benchmarks.experiments.methods import Method
 from benchmarks.experiments.tasks import Task
 from benchmarks.whole_network import Checkpointed
 from cheapgrad.cost import measure_held_bytes, peak_memory
+from cheapgrad.planning import NoiseSchedule
 
 Batch = tuple[Tensor, Tensor]
 
@@ -111,8 +112,9 @@ def prepare(task: Task, method: Method, model: nn.Module, batches: Sequence[Batc
     elif method.is_converted:
         rules = method.rules if method.make_rules is None else method.make_rules(model)
         prepared.handle = cheapgrad.approximate(model, rules, skip_small=task.skip_small)
-    if method.is_controlled:
-        prepared.controller = cheapgrad.Controller(prepared.handle, noise=method.controlled_noise)  # type: ignore
+    if method.controlled_noise is not None and prepared.handle is not None:
+        schedule = NoiseSchedule(*method.controlled_noise, steps=max(1, task.steps))
+        prepared.controller = cheapgrad.Controller(prepared.handle, noise=schedule)
     if method.checkpoints:
         model.blocks = nn.Sequential(*[Checkpointed(block) for block in model.blocks])  # type: ignore[union-attr]
     if method.memory_budget is not None:

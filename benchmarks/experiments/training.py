@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -15,7 +16,7 @@ from benchmarks.experiments.datasets import Split
 from benchmarks.experiments.declaration import TrainingRun
 from benchmarks.experiments.methods import EXACT, Method
 from benchmarks.experiments.noise import measure_noise
-from benchmarks.experiments.preparing import Batch, Prepared, prepare
+from benchmarks.experiments.preparing import Batch, Prepared, exactly, prepare
 from benchmarks.experiments.tasks import Task
 
 WEIGHT_DECAY = 0.01
@@ -66,12 +67,26 @@ def train(task: Task, method: Method, run: TrainingRun) -> dict[str, Any]:
             begin = time.perf_counter()
             state.prepared = prepare(task, method, model, planning)
             state.planning_seconds = time.perf_counter() - begin
-        is_finite = state.take_step(next(batches), optimizer)
+        with exactly(state.prepared) if is_exact_step(method, step, run.steps) else contextlib.nullcontext():
+            is_finite = state.take_step(next(batches), optimizer)
         schedule.step()
         state.look(step)
         if not is_finite:
             break
     return state.finish(time.perf_counter() - started)
+
+
+def is_exact_step(method: Method, step: int, steps: int) -> bool:
+    """Return whether a method takes this step, from 1, with exact gradients although others are not.
+
+    >>> method = Method("first fifth exact", "speed", exact_between=(0.0, 0.2))
+    >>> [is_exact_step(method, step, 10) for step in (1, 2, 3, 10)]
+    [True, True, False, False]
+    """
+    if method.exact_between is None:
+        return False
+    begin, end = method.exact_between
+    return round(begin * steps) < step <= round(end * steps)
 
 
 def rate_share(step: int, steps: int) -> float:

@@ -19,7 +19,10 @@ from benchmarks.experiments.tasks import Task
 from benchmarks.experiments.training import train
 
 # Runs that choose learning rates have seeds of their own: what is chosen on them says nothing about the others.
-TUNING_SEEDS = (100, 101)
+TUNING_SEEDS = (100,)
+# Trainings made equal in time stay valid while a later measurement would change them by no more than this share of the
+# usual number of examples.
+_SAME_SIZE = 0.05
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Trials:
         threads: of torch, for every run.
         tuned: which methods get a learning rate of their own too: ``"all"``, ``"none"``, or ``"some"`` that say so.
         wanted: patterns of labels, one of which a method has to match to be trained.
+        measurements: how many times costs are measured; the last time is the one that counts.
     """
 
     tasks: tuple[Task, ...]
@@ -60,29 +64,44 @@ class Trials:
     threads: int = 1
     tuned: str = "some"
     wanted: tuple[str, ...] = ("*",)
+    measurements: int = 1
 
     # -- what is wanted -------------------------------------------------------------------------------------------
 
     def declare(self, records: Finds) -> list[Declaration]:
         """Return all runs that are known to be wanted: what depends on records that are not there yet comes later."""
-        costs: list[Declaration] = [run for task in self.tasks for run in self.list_cost_runs(task)]
+        costs: list[Declaration] = [
+            run
+            for measurement in range(self.measurements)
+            for task in self.tasks
+            for run in self.list_cost_runs(task, measurement)
+        ]
         if any(records.find(identify(run)) is None for run in costs):
             return costs
         tuning = [run for task in self._trained_tasks() for run in self._declare_tuning(task, records)]
         return [*costs, *tuning, *[trial.run for trial in self.list_trials(records)]]
 
-    def list_cost_runs(self, task: Task) -> list[CostRun]:
+    def list_cost_runs(self, task: Task, measurement: int = 0) -> list[CostRun]:
         """Return one run for each family of methods, so that a new family leaves the others' records valid."""
-        families: dict[str, list[str]] = {}
+        families: dict[str, dict[str, None]] = {}
         wanted = self.list_wanted()
         others = {method.match.label for method in wanted if method.match is not None}
         chosen = {method.family for method in self.methods if method in wanted or method.label in others}
         for method in self.methods:
             # Matched methods are exact steps of other sizes, or a method that is measured anyway.
-            if method.match is None and method.family in chosen and not method.why_unavailable():
-                families.setdefault(method.family, []).append(method.words)
+            if method.match is None and method.family in chosen:
+                families.setdefault(method.family, {})[method.step_words] = None
         return [
-            CostRun(task.name, task.network, task.data, task.batch_size, tuple(words), self.rounds, self.threads)
+            CostRun(
+                task.name,
+                task.network,
+                task.data,
+                task.batch_size,
+                tuple(words),
+                self.rounds,
+                self.threads,
+                measurement,
+            )
             for words in families.values()
         ]
 
@@ -105,25 +124,28 @@ class Trials:
                         yield Trial(task, method, is_tuned, self._declare_training(task, method, size, rate, seed))
 
     def list_wanted(self) -> list[Method]:
-        """Return the methods that are trained: the exact one, and those that match a pattern and can be run here."""
+        """Return the methods that are trained: the exact one, and those that match a pattern."""
         return [
             method
             for method in self.methods
-            if (method is EXACT or any(fnmatch.fnmatchcase(method.label, pattern) for pattern in self.wanted))
-            and not method.why_unavailable()
+            if method is EXACT or any(fnmatch.fnmatchcase(method.label, pattern) for pattern in self.wanted)
         ]
 
     def find_costs(self, task: Task, method: Method, records: Finds) -> dict[str, Any] | None:
-        """Return what was measured of a step of a method on the usual batch, or None where that is not known."""
-        record = self._find_cost_record(task, method, records)
-        return None if record is None else record["result"]["methods"].get(method.words)
+        """Return what was measured last of a step of a method on the usual batch, or None where that is not known."""
+        found = self.find_measurements(task, method, records)
+        return found[-1]["result"]["methods"].get(method.step_words) if found else None
 
-    def _find_cost_record(self, task: Task, method: Method, records: Finds) -> Record | None:
-        for run in self.list_cost_runs(task):
-            record = records.find(identify(run)) if method.words in {*run.methods, EXACT.words} else None
-            if record is not None:
-                return record
-        return None
+    def find_measurements(self, task: Task, method: Method, records: Finds) -> list[Record]:
+        """Return the records of the costs of a method's family, the first measurement first."""
+        found: list[Record] = []
+        while True:
+            runs = self.list_cost_runs(task, len(found))
+            ours = [identify(run) for run in runs if method.step_words in {*run.methods, EXACT.step_words}]
+            record = next(filter(None, map(records.find, ours)), None)
+            if record is None:
+                return found
+            found.append(record)
 
     def find_size(self, task: Task, method: Method, records: Finds) -> Size | None:
         """Return batch size, steps and micro-batches of a method; None where it does not fit the network."""
@@ -134,21 +156,15 @@ class Trials:
         if method.match is None:
             return usual
         other = next(each for each in self.methods if each.label == method.match.label)
-        record = self._find_cost_record(task, other, records)
-        found = None if record is None else record["result"]["methods"].get(other.words)
-        if record is None or found is None or "error" in found:
-            return None
-        # The ladder was climbed in turn with the method itself: both were slowed down by the same neighbours.
-        return match(
-            method.match.by,
-            usual,
-            ratio=found["ratio"],
-            ladder=record["result"]["ladder"],
-            bytes_share=found["held_bytes"] / exact["held_bytes"],
-        )
+        chosen: Size | None = None
+        for record in self.find_measurements(task, other, records):
+            size = _match_in(record, method.match.by, usual, other)
+            if size is not None and (chosen is None or _differ(size, chosen, usual)):
+                chosen = size
+        return chosen
 
     def choose_rate(self, task: Task, method: Method, records: Finds) -> float | None:
-        """Return the learning rate that is best on the validation data, mean over the tuning seeds; None until known.
+        """Return the learning rate that is best on the validation data (mean over tuning seeds), or None.
 
         Best is the highest accuracy for classes and the lowest loss for text; ties go to the lower loss.
         """
@@ -214,9 +230,31 @@ class Trials:
         torch.set_num_threads(self.threads)
         task = next(task for task in self.tasks if task.name == declaration.task)
         if isinstance(declaration, CostRun):
-            return measure_costs(task, self._find_methods(declaration.methods), declaration.rounds, declaration.seed)
+            # Weights and batch are the same in every measurement: only the machine's state differs.
+            return measure_costs(task, self._find_methods(declaration.methods), declaration.rounds, 0)
         return train(task, self._find_methods([declaration.method])[0], declaration)
 
     def _find_methods(self, words: Sequence[str]) -> list[Method]:
-        by_words = {method.words: method for method in reversed(self.methods)}
+        by_words = {name: method for method in reversed(self.methods) for name in (method.step_words, method.words)}
         return [by_words[each] for each in words]
+
+
+def _match_in(record: Record, by: str, usual: Size, other: Method) -> Size | None:
+    """Return the size that one measurement says."""
+    measured = record["result"]["methods"]
+    found, exact = measured.get(other.step_words), measured[EXACT.step_words]
+    if found is None or "error" in found:
+        return None
+    return match(
+        by,
+        usual,
+        ratio=other.exact_share + (1 - other.exact_share) * found["ratio"],
+        # Climbed in turn with the method itself: both were slowed down by the same neighbours.
+        ladder=record["result"]["ladder"],
+        bytes_share=found["held_bytes"] / exact["held_bytes"],
+    )
+
+
+def _differ(size: Size, chosen: Size, usual: Size) -> bool:
+    examples = size.batch_size * size.steps - chosen.batch_size * chosen.steps
+    return abs(examples) > _SAME_SIZE * usual.batch_size * usual.steps or size.parts != chosen.parts

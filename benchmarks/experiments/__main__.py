@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.experiments.declaration import identify
 from benchmarks.experiments.pages import write_pages
 from benchmarks.experiments.results import write_results
 from benchmarks.experiments.runner import find_missing, run_all
 from benchmarks.experiments.settings import Settings, make_trials
 from benchmarks.experiments.store import Store
-from benchmarks.experiments.trials import Trials
+from benchmarks.experiments.trials import TUNING_SEEDS, Trials
 
 _ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -37,6 +40,14 @@ def main() -> int:
     parser.add_argument("--tasks", default="", help="only tasks whose name has this in it")
     parser.add_argument("--methods", action="append", help="only methods whose label matches this pattern; repeatable")
     parser.add_argument("--shared-rate", action="store_true", help="leave out the pass with a rate for each method")
+    parser.add_argument(
+        "--measurements",
+        type=int,
+        default=1,
+        help="how many times costs of a step are measured (default: 1); one more than there are measures them here and "
+        "now, and repeats only trainings whose size was matched to costs that turn out otherwise",
+    )
+    parser.add_argument("--fresh", action="store_true", help="take no notice of the runs that come with the repository")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("experiments"), help="where the runs' records are kept")
@@ -55,16 +66,17 @@ def main() -> int:
         arguments.tasks,
         tuple(arguments.methods or ["*"]),
         not arguments.shared_rate,
+        arguments.measurements,
     )
     console = Console()
-    make = partial(make_trials, settings)
+    committed = () if arguments.fresh else tuple(sorted(RESULTS.glob("*.jsonl")))
     if arguments.docs:
-        _write_docs(make(), Store(arguments.out), _describe_command(settings), console)
+        _write_docs(settings, Store(arguments.out, committed), console)
         return 0
     if arguments.list:
-        _list(make(), Store(arguments.out), console)
+        _list(make_trials(settings), Store(arguments.out, committed), console)
         return 0
-    errors = run_all(make, arguments.out, arguments.workers, console)
+    errors = run_all(partial(make_trials, settings), arguments.out, arguments.workers, console, committed)
     for error in errors:
         console.print(error, highlight=False)
     lines = Store(arguments.out).export(arguments.out / "records.jsonl")
@@ -75,11 +87,16 @@ def main() -> int:
 def _list(trials: Trials, store: Store, console: Console) -> None:
     missing, declared = find_missing(trials, store)
     console.print(f"{declared - len(missing)} of {declared} runs that are known to be wanted have a record")
-    table = Table("method", "published", "state", title_justify="left")
+    table = Table("seeds that are done", *(task.name for task in trials.tasks))
     wanted = trials.list_wanted()
+    made = Counter(
+        (trial.method.label, trial.task.name)
+        for trial in trials.list_trials(store)
+        if not trial.is_tuned and store.find(identify(trial.run)) is not None
+    )
     for method in trials.methods:
-        state = method.why_unavailable() or ("" if method in wanted else "not asked for")
-        table.add_row(method.label, method.published, state or "wanted")
+        counts = [str(made[method.label, task.name]) if method in wanted else "not asked for" for task in trials.tasks]
+        table.add_row(method.label, *counts)
     console.print(table)
 
 
@@ -91,9 +108,11 @@ def _describe_command(settings: Settings) -> str:
     return " ".join(words)
 
 
-def _write_docs(trials: Trials, store: Store, command: str, console: Console) -> None:
+def _write_docs(settings: Settings, store: Store, console: Console) -> None:
+    # Whatever there is belongs on the page, not only what this command would run.
+    everything = replace(settings, seeds=min(TUNING_SEEDS), methods=("*",), own_rates=True)
     RESULTS.mkdir(exist_ok=True)
-    for path in write_results(trials, store, command, RESULTS):
+    for path in write_results(make_trials(everything), store, _describe_command(settings), RESULTS):
         console.print(path.name, highlight=False)
     for name in write_pages(RESULTS, _ROOT / "docs"):
         console.print(name, highlight=False)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.experiments.matching import find_time
 from benchmarks.experiments.results import Row, TaskResults
 from benchmarks.experiments.statistics import Comparison, compare_paired, correct_for_many, summarise
 from cheapgrad.planning import tradeoff
@@ -39,10 +40,17 @@ def metric_of(results: TaskResults) -> str:
     return "test_loss" if results.is_text else "test_accuracy"
 
 
-def compare_rows(results: TaskResults, row: Row, other: Row) -> Comparison | None:
-    """Return row − other in the figure that counts, paired by seed; accuracies in points. None without common seeds."""
-    name = metric_of(results)
-    scale = 1.0 if results.is_text else 100.0
+def compare_rows(results: TaskResults, row: Row, other: Row, figure: str = "") -> Comparison | None:
+    """Return row − other, paired by seed; accuracies in points. None without common seeds.
+
+    Args:
+        results: of the task.
+        row: a method.
+        other: what it is compared with.
+        figure: of the result; the one that counts by default.
+    """
+    name = figure or metric_of(results)
+    scale = 100.0 if name.endswith("accuracy") else 1.0
     first = {seed: scale * value for seed, value in row.collect(name).items()}
     second = {seed: scale * value for seed, value in other.collect(name).items()}
     return compare_paired(first, second) if set(first) & set(second) else None
@@ -62,11 +70,16 @@ def compare_all(results: TaskResults) -> dict[tuple[str, bool], tuple[Comparison
 def time_share(results: TaskResults, row: Row) -> float | None:
     """Return the time of the whole training, divided by that of exact training.
 
-    By the measured step time where the step is the usual one; where batch or number of steps differ, by processor
-    seconds of the runs themselves, paired by seed.
+    By the measured step times where a step is the usual one, or an exact one on another batch; where it is neither, or
+    what it costs depends on the state of the training, by processor seconds of the runs themselves, paired by seed.
     """
-    if row.costs is not None:
-        return row.costs["ratio"]
+    if row.costs is not None and not row.is_adaptive:
+        return row.exact_share + (1 - row.exact_share) * row.costs["ratio"]
+    if row.match_by in {"time, batch", "time, steps", "bytes, batch"} and row.runs and results.exact.runs:
+        is_usual = row.declaration["batch_size"] == results.exact.declaration["batch_size"]
+        step = 1.0 if is_usual else find_time(row.declaration["batch_size"], row.ladder)
+        if step is not None:
+            return step * row.declaration["steps"] / results.exact.declaration["steps"]
     ours, exact = row.collect("training_cpu_seconds"), results.exact.collect("training_cpu_seconds")
     seeds = set(ours) & set(exact)
     return summarise([ours[seed] / exact[seed] for seed in sorted(seeds)])[0] if seeds else None
@@ -152,3 +165,16 @@ def _predict(exact: Row, omega: float) -> float | None:
         return None
     ratio = summarise(variances)[0] / summarise(signals)[0]
     return tradeoff(1.0, omega, noise_to_target=ratio).steps_ratio
+
+
+def time_to_target(results: TaskResults, row: Row) -> float | None:
+    """Return the time to the target loss, divided by that of exact training; None where not every seed reached it."""
+    steps, time = measure_reach(results, row).steps_ratio, time_share(results, row)
+    if steps is None or time is None:
+        return None
+    return steps * time / (row.declaration["steps"] / results.exact.declaration["steps"])
+
+
+def find_rival(results: TaskResults, row: Row, by: str = "time, batch") -> Row | None:
+    """Return the exact method that was made equal to this one in a certain way, if it was run."""
+    return next((rival for rival in find_rivals(results, row) if rival.match_by == by), None)

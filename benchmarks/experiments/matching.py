@@ -74,3 +74,16 @@ def find_batch_size(ratio: float, ladder: Sequence[Sequence[float]]) -> int:
             share = (ratio - value) / (next_value - value) if next_value > value else 0.0
             return max(1, round(size + share * (next_size - size)))
     return rising[-1][0]
+
+
+def find_time(batch_size: int, ladder: Sequence[Sequence[float]]) -> float | None:
+    """Return the time of an exact step on that many examples, divided by that on the usual batch; None off the ladder.
+
+    >>> find_time(24, [(16, 0.25), (32, 0.5), (64, 1.0)])
+    0.375
+    """
+    points = sorted((int(size), value) for size, value in ladder)
+    for (size, value), (next_size, next_value) in itertools.pairwise(points):
+        if size <= batch_size <= next_size:
+            return value + (next_value - value) * (batch_size - size) / (next_size - size)
+    return None

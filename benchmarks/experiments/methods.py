@@ -146,6 +146,15 @@ def list_methods() -> tuple[Method, ...]:
     )
 
 
+def list_published() -> list[tuple[str, str]]:
+    """Return methods that correspond to a published one, and which; of those that differ by a budget, the first."""
+    first: dict[str, str] = {}
+    for method in list_methods():
+        if method.published:
+            first.setdefault(method.published, method.label.replace(str(method.budget), "…"))
+    return [(label, published) for published, label in first.items()]
+
+
 def _cotangent(strategy: cheapgrad.sketch.AbstractStrategy) -> tuple[cheapgrad.Rule, ...]:
     return (cheapgrad.Rule("*", cotangent=strategy),)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.experiments.analysis import bytes_share, measure_reach, metric_of, time_share
@@ -104,3 +105,36 @@ def _draw_theory(panel: Axes, results: TaskResults, colours: dict[str, Any]) -> 
     panel.set_xlabel("steps to the target ÷ exact, predicted (bar: to 1 + ω)")
     panel.set_ylabel("measured")
     panel.grid(alpha=0.25)
+
+
+def draw_theory(all_results: Sequence[TaskResults]) -> bytes:
+    """Return a PNG of predicted and measured ratios of steps, all unbiased methods of all tasks together."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    highest = 1.5
+    for number, results in enumerate(all_results):
+        label: str | None = results.task
+        for row in _shown(results) if results.exact.runs else []:
+            reach = measure_reach(results, row)
+            if reach.steps_ratio is None or reach.predicted is None or row.is_biased:
+                continue
+            highest = max(highest, reach.steps_ratio, reach.predicted)
+            colour = colormaps["tab10"](number % 10)
+            panel.plot(reach.predicted, reach.steps_ratio, "o", color=colour, label=label)
+            label = None
+    panel.plot([0.5, highest], [0.5, highest], color="#999999", linewidth=1, zorder=0)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlabel("steps to the target ÷ exact, predicted")
+    panel.set_ylabel("measured")
+    panel.grid(alpha=0.25, which="both")
+    if _legend_of(panel):
+        panel.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
+    return buffer.getvalue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from benchmarks.experiments.trials import Trials
 from cheapgrad.files import write_whole
 
 _KIND = "cheapgrad.experiment.task"
+# Networks, by a piece of the names of their tasks.
+KINDS = ("MLP", "ViT", "BagNet", "language model")
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,12 @@ class Row:
         is_tuned: whether the learning rate was chosen for it; otherwise it is the exact method's.
         match_label: the method that it is made equal to, or an empty text.
         match_by: in what.
+        is_adaptive: whether what a step costs depends on the state of the training.
+        exact_share: share of the steps that are exact although the others are not.
         unavailable: why it was not run, or an empty text.
         costs: of a step on the usual batch, divided by those of the exact step; None where not measured.
+        ladder: pairs of batch size and time of an exact step, divided by that on the usual batch, as measured beside
+            the method that this one is made equal to; empty for methods of their own.
         runs: record of each seed.
     """
 
@@ -46,8 +52,11 @@ class Row:
     is_tuned: bool
     match_label: str
     match_by: str
+    is_adaptive: bool
+    exact_share: float
     unavailable: str
     costs: dict[str, Any] | None
+    ladder: tuple[tuple[int, float], ...]
     runs: dict[int, Record]
 
     def collect(self, name: str) -> dict[int, float]:
@@ -60,6 +69,16 @@ class Row:
         """Added variance at every point where it was measured, all seeds together."""
         points = [point for record in self.runs.values() for point in record["result"]["noise"]]
         return [point["omega"] for point in points if point["omega"] is not None]
+
+    @property
+    def worst_omega(self) -> float | None:
+        """Largest mean over the seeds of the added variance at a point of the training; None where not measured."""
+        points: dict[int, list[float]] = {}
+        for record in self.runs.values():
+            for point in record["result"]["noise"]:
+                if point["omega"] is not None:
+                    points.setdefault(point["step"], []).append(point["omega"])
+        return max((sum(values) / len(values) for values in points.values()), default=None)
 
     @property
     def declaration(self) -> dict[str, Any]:
@@ -78,7 +97,7 @@ class TaskResults:
         is_text: whether the loss is the figure that counts, and not the share of right classes.
         command: what makes the runs that are missing.
         rows: the exact method first.
-        environment: hardware, versions and commit of the first run.
+        environments: hardware, versions and commit, each combination once.
     """
 
     task: str
@@ -87,12 +106,22 @@ class TaskResults:
     is_text: bool
     command: str
     rows: tuple[Row, ...]
-    environment: dict[str, Any]
+    environments: tuple[dict[str, Any], ...]
 
     @property
     def slug(self) -> str:
         """The task's name for files and anchors."""
         return make_slug(self.task)
+
+    @property
+    def kind(self) -> str:
+        """What kind of network it is."""
+        return next((kind for kind in KINDS if kind in self.task), "")
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether it is one of the small networks on the bundled digits."""
+        return self.data.startswith("digit")
 
     @property
     def exact(self) -> Row:
@@ -116,6 +145,9 @@ def make_slug(name: str) -> str:
 def write_results(trials: Trials, records: Finds, command: str, directory: Path) -> list[Path]:
     """Write one file of JSON lines for each task: what was asked for, and the records that answer it.
 
+    The records are enough to go on from on another machine: those that chose learning rates are among them, and so is
+    whatever the file had before of the same network on the same data.
+
     Args:
         trials: the experiment.
         records: what was run.
@@ -124,10 +156,11 @@ def write_results(trials: Trials, records: Finds, command: str, directory: Path)
     """
     paths = []
     for task in trials.tasks:
+        path = directory / f"{make_slug(task.name)}.jsonl"
         rows, used = _list_rows(trials, task, records)
         head = {
             "kind": _KIND,
-            "version": 1,
+            "version": 2,
             "task": task.name,
             "network": task.network,
             "data": task.data,
@@ -135,27 +168,35 @@ def write_results(trials: Trials, records: Finds, command: str, directory: Path)
             "command": command,
             "rows": rows,
         }
-        lines = [json.dumps(head), *(json.dumps(used[identity]) for identity in sorted(used))]
-        paths.append(directory / f"{make_slug(task.name)}.jsonl")
-        write_whole(paths[-1], ("\n".join(lines) + "\n").encode())
+        same = {name: head[name] for name in ("task", "network", "data")}
+        before = {record["id"]: record for record in Lines(path) if same.items() <= record["declaration"].items()}
+        kept = {**before, **used}
+        if not kept:
+            continue
+        lines = [json.dumps(head), *(json.dumps(_round(kept[identity])) for identity in sorted(kept))]
+        paths.append(path)
+        write_whole(path, ("\n".join(lines) + "\n").encode())
     return paths
 
 
+def _round(value: Any) -> Any:
+    """Return data with nine significant digits of every figure: more is noise, and files are to stay small."""
+    if isinstance(value, float):
+        return float(f"{value:.9g}")
+    if isinstance(value, dict):
+        # What is declared is what the identity is the hash of.
+        return {name: each if name == "declaration" else _round(each) for name, each in value.items()}
+    return [_round(each) for each in value] if isinstance(value, list) else value
+
+
 def _list_rows(trials: Trials, task: Task, records: Finds) -> tuple[list[dict[str, Any]], dict[str, Record]]:
-    used: dict[str, Record] = {}
-    for run in trials.list_cost_runs(task):
-        record = records.find(identify(run))
-        if record is not None:
-            used[record["id"]] = record
+    used = {record["id"]: record for record in trials.list_preparation(task, records)}
     runs: dict[tuple[str, bool], dict[int, str]] = {}
     for trial in trials.list_trials(records):
-        if trial.task is not task:
-            continue
-        identity = identify(trial.run)
-        record = records.find(identity)
+        record = records.find(identify(trial.run)) if trial.task is task else None
         if record is not None:
-            used[identity] = record
-            runs.setdefault((trial.method.label, trial.is_tuned), {})[trial.run.seed] = identity
+            used[record["id"]] = record
+            runs.setdefault((trial.method.label, trial.is_tuned), {})[trial.run.seed] = record["id"]
     rows = []
     for method in trials.methods:
         passes = [is_tuned for is_tuned in (False, True) if (method.label, is_tuned) in runs] or [False]
@@ -168,7 +209,6 @@ def _describe_row(
     trials: Trials, task: Task, method: Method, records: Finds, is_tuned: bool, runs: dict[int, str]
 ) -> dict[str, Any]:
     costs = trials.find_costs(task, method, records)
-    unavailable = method.why_unavailable() or (costs or {}).get("error", "")
     return {
         "label": method.label,
         "family": method.family,
@@ -178,8 +218,10 @@ def _describe_row(
         "is_tuned": is_tuned,
         "match_label": method.match.label if method.match else "",
         "match_by": method.match.by if method.match else "",
-        "unavailable": unavailable,
-        "words": method.words,
+        "is_adaptive": method.is_adaptive,
+        "exact_share": method.exact_share,
+        "unavailable": (costs or {}).get("error", ""),
+        "words": method.step_words,
         "runs": runs,
     }
 
@@ -193,18 +235,30 @@ def _read_task(path: Path) -> TaskResults:
     with path.open(encoding="utf-8") as stream:
         head = json.loads(stream.readline())
     records = Lines(path)
-    costs = _merge_costs(record for record in records if record["declaration"]["kind"] == "costs")
-    rows = tuple(_read_row(row, costs, records) for row in head["rows"])
-    environment = next((record["environment"] for row in rows for record in row.runs.values()), {})
-    return TaskResults(head["task"], head["network"], head["data"], head["is_text"], head["command"], rows, environment)
+    costs = _merge_costs([record for record in records if record["declaration"]["kind"] == "costs"])
+    words = {row["label"]: row["words"] for row in head["rows"]}
+    rows = tuple(_read_row(row, costs, words.get(row["match_label"], ""), records) for row in head["rows"])
+    environments: dict[str, dict[str, Any]] = {}
+    for record in sorted((record for row in rows for record in row.runs.values()), key=lambda each: each["id"]):
+        environment = {name: record["environment"][name] for name in ("processor", "torch", "commit")}
+        environments.setdefault(json.dumps(environment), environment)
+    return TaskResults(
+        head["task"],
+        head["network"],
+        head["data"],
+        head["is_text"],
+        head["command"],
+        rows,
+        tuple(environments[key] for key in sorted(environments)),
+    )
 
 
-def _merge_costs(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
-    """Return costs by words, bytes as shares of the exact step of the same measurement."""
+def _merge_costs(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Return costs by words, bytes as shares of the exact step of the same measurement; the last measurement counts."""
     merged: dict[str, dict[str, Any]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda each: (each["declaration"]["seed"], each["id"])):
         methods = record["result"]["methods"]
-        exact = methods[EXACT.words]
+        exact = methods[EXACT.step_words]
         for words, costs in methods.items():
             if "error" in costs:
                 continue
@@ -212,16 +266,17 @@ def _merge_costs(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
                 f"{name}_share": costs[f"{name}_bytes"] / exact[f"{name}_bytes"] if costs[f"{name}_bytes"] else None
                 for name in ("held", "peak")
             }
-            merged.setdefault(words, {**costs, **shares})
+            merged[words] = {**costs, **shares, "ladder": record["result"]["ladder"]}
     return merged
 
 
-def _read_row(row: dict[str, Any], costs: dict[str, dict[str, Any]], records: Lines) -> Row:
+def _read_row(row: dict[str, Any], costs: dict[str, dict[str, Any]], match_words: str, records: Lines) -> Row:
     found = {int(seed): records.find(identity) for seed, identity in row["runs"].items()}
     runs = {seed: record for seed, record in sorted(found.items()) if record is not None}
-    is_usual = not row["match_label"]
+    ladder = costs.get(match_words, {}).get("ladder", [])
     return Row(
         **{name: value for name, value in row.items() if name not in {"words", "runs"}},
-        costs=costs.get(row["words"]) if is_usual else None,
+        costs=None if row["match_label"] else costs.get(row["words"]),
+        ladder=tuple((int(size), float(ratio)) for size, ratio in ladder),
         runs=runs,
     )

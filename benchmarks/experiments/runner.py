@@ -103,7 +103,13 @@ def name_run(declaration: Declaration) -> str:
     return f"{declaration.task}: {declaration.method}, rate {declaration.learning_rate:g}, seed {declaration.seed}"
 
 
-def run_all(make_experiment: Callable[[], Experiment], directory: Path, workers: int, console: Console) -> list[str]:
+def run_all(
+    make_experiment: Callable[[], Experiment],
+    directory: Path,
+    workers: int,
+    console: Console,
+    committed: tuple[Path, ...] = (),
+) -> list[str]:
     """Make all runs, with progress on the console, and return the errors of those that failed.
 
     Args:
@@ -111,8 +117,9 @@ def run_all(make_experiment: Callable[[], Experiment], directory: Path, workers:
         directory: of the store.
         workers: processes that make runs, one thread each; with one, this process does.
         console: for the bar.
+        committed: files of records that count as made.
     """
-    store = Store(directory)
+    store = Store(directory, committed)
     for name in store.list_damaged():
         console.print(f"{name} is no whole record; its run is made again", highlight=False)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -126,13 +133,13 @@ def run_all(make_experiment: Callable[[], Experiment], directory: Path, workers:
         if workers == 1:
             return work(experiment, store, show)
         with _watch(experiment, store, show), open_workers(workers) as pool:
-            tasks = [partial(_work_alone, make_experiment, directory) for _ in range(workers)]
+            tasks = [partial(_work_alone, make_experiment, directory, committed) for _ in range(workers)]
             # All workers meet the same failures.
             return sorted({error for errors in pool.run(tasks, lambda: None) for error in errors})
 
 
-def _work_alone(make_experiment: Callable[[], Experiment], directory: Path) -> list[str]:
-    return work(make_experiment(), Store(directory))
+def _work_alone(make_experiment: Callable[[], Experiment], directory: Path, committed: tuple[Path, ...]) -> list[str]:
+    return work(make_experiment(), Store(directory, committed))
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ class Settings:
         tasks: a piece of the names of the tasks that are wanted.
         methods: patterns of the labels that are wanted.
         own_rates: whether there is a second pass with a learning rate for each method.
+        measurements: how many times the costs of a step are measured.
     """
 
     data: tuple[Path, ...] = ()
@@ -35,6 +36,7 @@ class Settings:
     tasks: str = ""
     methods: tuple[str, ...] = ("*",)
     own_rates: bool = True
+    measurements: int = 1
 
 
 def make_trials(settings: Settings) -> Trials:
@@ -54,6 +56,7 @@ def make_trials(settings: Settings) -> Trials:
         threads=settings.threads,
         tuned="none" if not settings.own_rates else "all" if settings.data else "some",
         wanted=settings.methods,
+        measurements=settings.measurements,
     )
 
 

@@ -1,11 +1,14 @@
-"""Where records are kept: one file for each run, whole or not there, and a lock for each run that is being made."""
+"""Where records are kept: one file for each run, whole or not there, and a lock for each run that is being made.
+
+What others have run before, on whatever machine, comes with the repository as JSON lines and counts as made.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +28,23 @@ class Store:
 
     Args:
         directory: made if need be.
+        committed: files of JSON lines whose records count as made, unless the directory has a record of the same run.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, committed: Sequence[Path] = ()) -> None:
         self._records, self._locks = directory / "runs", directory / "locks"
         for each in (directory, self._records, self._locks):
             prepare_directory(each)
         self._known: dict[str, Record] = {}
+        self._committed = {record["id"]: record for path in committed for record in Lines(path)}
 
     def find(self, identity: str) -> Record | None:
         """Return the record of a run, or None: never made, cut off while it was written, or not what it says it is."""
         if identity not in self._known:
             record = _read(self._path(identity))
             if record is None:
-                return None
+                # Another process may write one yet.
+                return self._committed.get(identity)
             self._known[identity] = record
         return self._known[identity]
 
@@ -80,7 +86,7 @@ class Store:
         return sorted(path.name for path in self._records.glob("*.json") if _read(path) is None)
 
     def export(self, path: Path) -> int:
-        """Write all records as JSON lines, sorted by identity, and return how many there are."""
+        """Write all records of the directory as JSON lines, sorted by identity, and return how many there are."""
         paths = sorted(self._records.glob("*.json"))
         lines = [path.read_bytes().strip() for path in paths if _read(path) is not None]
         write_whole(path, b"".join(line + b"\n" for line in lines))

@@ -181,6 +181,13 @@ class Trials:
             return None
         return min(scores, key=lambda rate: tuple(sum(each) for each in zip(*scores[rate], strict=True)))
 
+    def list_preparation(self, task: Task, records: Finds) -> list[Record]:
+        """Return the records of what comes before the trainings: all measurements of costs, and the choice of rates."""
+        runs = [run for method in self.list_wanted() for run in self._declare_rates(task, method, records)]
+        found = [record for run in runs if (record := records.find(identify(run))) is not None]
+        own = [method for method in self.methods if method.match is None]
+        return [*found, *(record for method in own for record in self.find_measurements(task, method, records))]
+
     def _trained_tasks(self) -> list[Task]:
         return [task for task in self.tasks if task.steps]
 

@@ -224,6 +224,20 @@ def test_omega_of_a_sketch_is_measured_and_grows_with_what_is_dropped():
     assert train(task, EXACT, declare(task, EXACT))["noise"][0]["omega"] is None
 
 
+def test_exact_steps_are_exact_and_the_others_are_not():
+    task, plain = make_task(), find_method("recipes.speed(0.3)")
+    always, never, half = (replace(plain, exact_between=between) for between in ((0.0, 1.0), (0.5, 0.5), (0.5, 1.0)))
+    losses = {
+        name: train(task, method, declare(task, method))["test_loss"]
+        for name, method in (("exact", EXACT), ("always", always), ("plain", plain), ("never", never), ("half", half))
+    }
+    assert losses["always"] == losses["exact"]
+    assert losses["never"] == losses["plain"] != losses["exact"]
+    assert losses["half"] not in {losses["exact"], losses["plain"]}
+    assert half.exact_share == 0.5
+    assert half.step_words == plain.words != half.words
+
+
 def test_divergence_is_a_result():
     task = make_task()
     result = train(task, EXACT, declare(task, EXACT, learning_rate=1e30))

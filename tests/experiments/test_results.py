@@ -10,11 +10,12 @@ import pytest
 from benchmarks.experiments.analysis import bytes_share, compare_rows, find_rivals, measure_reach, time_share
 from benchmarks.experiments.datasets import load
 from benchmarks.experiments.declaration import CostRun, TrainingRun, identify
+from benchmarks.experiments.matching import find_time
 from benchmarks.experiments.methods import EXACT, list_methods
 from benchmarks.experiments.pages import fill_page, write_pages
 from benchmarks.experiments.results import read_results, write_results
 from benchmarks.experiments.runner import find_missing, work
-from benchmarks.experiments.store import Store
+from benchmarks.experiments.store import Lines, Store
 from benchmarks.experiments.tables import say_winner
 from benchmarks.experiments.tasks import make_perceptron_task
 from benchmarks.experiments.trials import TUNING_SEEDS, Trials
@@ -92,23 +93,48 @@ def test_figures_are_those_of_the_records(trials, store, results):
     assert compare_rows(results, sketched, batch).mean == pytest.approx(sum(differences) / 3)
     assert find_rivals(results, sketched) == [batch]
     assert time_share(results, sketched) == sketched.costs["ratio"]
+    method = next(method for method in trials.methods if method.label == sketched.label)
+    (beside,) = trials.find_measurements(trials.tasks[0], method, store)
+    assert time_share(results, batch) == pytest.approx(
+        find_time(batch.declaration["batch_size"], beside["result"]["ladder"])
+        if batch.declaration["batch_size"] < 32
+        else 1.0
+    )
+    controlled = results.find_row("Controller(noise=0.05)")
     shares = [
-        look_up(batch, seed)["training_cpu_seconds"] / look_up(results.exact, seed)["training_cpu_seconds"]
+        look_up(controlled, seed)["training_cpu_seconds"] / look_up(results.exact, seed)["training_cpu_seconds"]
         for seed in range(3)
     ]
-    assert time_share(results, batch) == pytest.approx(sum(shares) / 3)
+    # What a controlled step costs is not known before it is taken.
+    assert time_share(results, controlled) == pytest.approx(sum(shares) / 3)
     assert bytes_share(results, results.exact) == 1.0
     assert measure_reach(results, results.exact).steps_ratio == pytest.approx(1.0)
-    assert sketched.omegas == [look_up(sketched, seed)["noise"][0]["omega"] for seed in range(3)]
+    assert sketched.omegas == pytest.approx([look_up(sketched, seed)["noise"][0]["omega"] for seed in range(3)])
 
 
-def test_page_names_what_was_not_run_and_who_makes_it(results):
+def test_committed_records_are_enough_to_go_on_from(trials, store, tmp_path):
+    (path,) = write_results(trials, store, "the command", tmp_path)
+    elsewhere = Store(tmp_path / "elsewhere", [path])
+    assert find_missing(trials, elsewhere)[0] == []
+    again = tmp_path / "again"
+    again.mkdir()
+    (copy,) = write_results(trials, elsewhere, "the command", again)
+    assert copy.read_text() == path.read_text()
+    # Nothing that was recorded is lost when less is asked for, or when this machine has no record of its own.
+    nothing = Store(tmp_path / "nothing")
+    assert write_results(replace(trials, seeds=(0,)), nothing, "the command", tmp_path) == [path]
+    assert {record["id"] for record in Lines(path)} == {record["id"] for record in Lines(copy)}
+
+
+def test_page_says_how_much_was_not_run_and_who_makes_it(results):
     page = fill_page("# A\n<!-- experiments: tasks -->\nold\n<!-- end -->\nB", [results])
     assert "old" not in page
     assert page.startswith("# A\n")
     assert page.endswith("\nB")
-    assert "Not run yet: recipes.speed(0.3)" in page
-    assert "`the command` makes these runs" in page
+    own = [row for row in results.rows if not row.is_tuned]
+    missing = [row for row in own if not row.runs]
+    assert f"{len(missing)} of {len(own)} methods have not been trained" in page
+    assert "`the command` trains them" in page
     assert fill_page(page, [results]) == page
     with pytest.raises(KeyError, match="weather"):
         fill_page("<!-- experiments: weather --><!-- end -->", [results])
@@ -121,7 +147,7 @@ def test_pictures_and_pages_are_written(trials, store, tmp_path):
         (tmp_path / name).write_text((DOCS / name).read_text())
     write_results(trials, store, "the command", tmp_path / "results")
     written = write_pages(tmp_path / "results", tmp_path)
-    assert written == ["experiments_mlp_on_digits.png", "evidence.md", "decide.md"]
+    assert written == ["experiments_mlp_on_digits.png", "experiments_theory.png", "evidence.md", "decide.md"]
     assert (tmp_path / "img" / written[0]).read_bytes().startswith(b"\x89PNG")
     assert "recipes.speed(0.5)" in (tmp_path / "decide.md").read_text()
 

@@ -128,10 +128,29 @@ def test_a_killed_process_leaves_no_half_record_and_no_lock(tmp_path):
 
 
 def test_processes_share_the_runs_out(tmp_path):
-    console = Console(file=io.StringIO())
-    errors = run_all(partial(Counting, tmp_path, seconds=0.05), tmp_path / "store", 2, console)
+    console, committed = Console(file=io.StringIO()), tmp_path / "committed.jsonl"
+    before = Store(tmp_path / "before")
+    before.save(describe(make_run(1)), {"value": 0.1}, {})
+    before.export(committed)
+    errors = run_all(partial(Counting, tmp_path, seconds=0.05), tmp_path / "store", 2, console, (committed,))
     assert errors == []
-    assert Counting(tmp_path).count_made() == dict.fromkeys(range(6), 1)
+    # What came with the repository is not made again.
+    assert Counting(tmp_path).count_made() == {**dict.fromkeys(range(6), 1), 1: 0}
+
+
+def test_committed_records_count_as_made_and_own_ones_come_first(tmp_path):
+    first = Store(tmp_path / "first")
+    work(Counting(tmp_path), first)
+    first.export(tmp_path / "committed.jsonl")
+    (tmp_path / "second").mkdir()
+    experiment = Counting(tmp_path / "second")
+    second = Store(tmp_path / "second" / "store", [tmp_path / "committed.jsonl", tmp_path / "missing.jsonl"])
+    assert work(experiment, second) == []
+    assert experiment.count_made() == dict.fromkeys(range(6), 0)
+    second.save(describe(make_run(1)), {"value": 7}, {"seed": 1})
+    again = Store(tmp_path / "second" / "store", [tmp_path / "committed.jsonl"])
+    values = [record["result"]["value"] for seed in range(3) if (record := again.find(identify(make_run(seed))))]
+    assert values == [0.0, 7, 0.2]
 
 
 def test_a_claimed_run_is_left_to_who_claimed_it(tmp_path):

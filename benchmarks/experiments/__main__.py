@@ -37,7 +37,7 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, default=5, help="trainings of every method (default: 5)")
     parser.add_argument("--epochs", type=float, default=1.0, help="factor on the passes over the data (default: 1)")
-    parser.add_argument("--tasks", default="", help="only tasks whose name has this in it")
+    parser.add_argument("--tasks", default="*", help="only tasks whose name matches this pattern")
     parser.add_argument("--methods", action="append", help="only methods whose label matches this pattern; repeatable")
     parser.add_argument("--shared-rate", action="store_true", help="leave out the pass with a rate for each method")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class Settings:
         seeds: trainings of every method.
         epochs: factor on the passes over the data, for less than everything.
         threads: of torch, for every run.
-        tasks: a piece of the names of the tasks that are wanted.
+        tasks: pattern of the names of the tasks that are wanted.
         methods: patterns of the labels that are wanted.
         own_rates: whether there is a second pass with a learning rate for each method.
         measurements: how many times the costs of a step are measured.
@@ -33,7 +34,7 @@ class Settings:
     seeds: int = 5
     epochs: float = 1.0
     threads: int = 1
-    tasks: str = ""
+    tasks: str = "*"
     methods: tuple[str, ...] = ("*",)
     own_rates: bool = True
     measurements: int = 1
@@ -47,7 +48,7 @@ def make_trials(settings: Settings) -> Trials:
     else:
         tasks = make_quick_tasks(load(None), load_digit_pixels())
         methods = tuple(method for method in list_methods() if method.is_quick)
-    chosen = tuple(_scale(task, settings.epochs) for task in tasks if settings.tasks in task.name)
+    chosen = tuple(_scale(task, settings.epochs) for task in tasks if fnmatch.fnmatchcase(task.name, settings.tasks))
     return Trials(
         tasks=chosen,
         methods=methods,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -119,16 +119,9 @@ def approximate(model: nn.Module, *rules: Rule | Iterable[Rule] | HoldsRules, sk
     chosen = _list_rules(rules)
     skip_small = skip_small and all(rule.skip_small for rule in rules if isinstance(rule, HoldsRules))
     target = unwrap(model)
-    decisions = [_decide(layer, chosen, skip_small) for layer in _layers(target)]
-    _drop_rows_nobody_draws(decisions)
-    _check_matches(chosen, decisions)
-    tied = _tied_names(target)
+    decisions = _decide_all(_layers(target), chosen, skip_small)
+    records = _record_all(decisions, _tied_names(target))
     switch = Switch()
-    records = []
-    for decision in decisions:
-        if decision.rule is None:
-            continue
-        records.append(_record(decision, tied))
     _swap_all(decisions, switch)
     if any(rule.recompute for rule in chosen):
         open_scopes(target, switch)
@@ -142,6 +135,43 @@ def approximate(model: nn.Module, *rules: Rule | Iterable[Rule] | HoldsRules, sk
         reasons = "; ".join(f"{record.name or '(model)'}: {record.remark}" for record in records[:5])
         warnings.warn(f"cheapgrad.approximate converted nothing: {reasons}", NoEffectWarning, stacklevel=2)
     return Handle(target, tuple(records), switch)
+
+
+class Preview:
+    """What `approximate` would do with a model, without doing it.
+
+    Args:
+        model: any module that is not converted.
+        skip_small: as in `approximate`.
+    """
+
+    def __init__(self, model: nn.Module, skip_small: bool = True) -> None:
+        self._layers = _layers(model)
+        self._tied = _tied_names(model)
+        self._skip_small = skip_small
+
+    def records(self, rules: Sequence[Rule]) -> list[LayerRecord]:
+        """Return what would happen to every layer that a rule matches.
+
+        Args:
+            rules: as for `approximate`.
+
+        Raises:
+            NoMatchError: as `approximate` does.
+            BudgetError: as `approximate` does.
+        """
+        return _record_all(_decide_all(self._layers, tuple(rules), self._skip_small), self._tied)
+
+
+def _decide_all(layers: list[_Layer], rules: tuple[Rule, ...], skip_small: bool) -> list[_Decision]:
+    decisions = [_decide(layer, rules, skip_small) for layer in layers]
+    _drop_rows_nobody_draws(decisions)
+    _check_matches(rules, decisions)
+    return decisions
+
+
+def _record_all(decisions: list[_Decision], tied: dict[int, list[str]]) -> list[LayerRecord]:
+    return [_record(decision, tied) for decision in decisions if decision.rule is not None]
 
 
 def _list_rules(rules: tuple[Any, ...]) -> tuple[Rule, ...]:

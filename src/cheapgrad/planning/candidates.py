@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from cheapgrad.convert import Rule, approximate
+from cheapgrad.convert import Rule
+from cheapgrad.convert.approximate import Preview
 from cheapgrad.convert.kinds import KINDS, kind_of
-from cheapgrad.errors import NoEffectWarning, NoMatchError, RuleError
+from cheapgrad.errors import NoMatchError, RuleError
 from cheapgrad.planning.capture import MATRICES
 from cheapgrad.sketch import AbstractStrategy, ExampleSample, Moment, RowSample, StochasticRounding
 
@@ -65,7 +65,7 @@ def _is_convolution(name: str, module: nn.Module) -> bool:
 def find_candidates(
     model: nn.Module, strategies: Sequence[Rule] | None, skip_small: bool
 ) -> tuple[dict[str, LayerCandidates], list[str]]:
-    """Return what each layer can take, found by converting the model with each rule and back.
+    """Return what each layer can take, by what `cheapgrad.approximate` would do with each rule.
 
     Args:
         model: as it is when this returns.
@@ -83,10 +83,11 @@ def find_candidates(
         raise RuleError("strategies is empty; give rules to choose from, or None for the usual ones")
     found: dict[str, LayerCandidates] = {}
     left_out: dict[str, None] = {}
+    preview = Preview(model, skip_small)
     for rule in default_rules() if strategies is None else strategies:
         for single in _single_moments(rule):
             try:
-                _convert_once(model, single, skip_small, found, left_out)
+                _take_in(model, preview, single, found, left_out)
             except NoMatchError:
                 if strategies is not None:
                     raise
@@ -109,18 +110,13 @@ def _single_moments(rule: Rule) -> list[Rule]:
     return stored + ([] if rule.cotangent is None else [Rule(rule.pattern, cotangent=rule.cotangent)])
 
 
-def _convert_once(
-    model: nn.Module, rule: Rule, skip_small: bool, found: dict[str, LayerCandidates], left_out: dict[str, None]
+def _take_in(
+    model: nn.Module, preview: Preview, rule: Rule, found: dict[str, LayerCandidates], left_out: dict[str, None]
 ) -> None:
     strategy = rule.stored or rule.cotangent
     moment = Moment.STORED if rule.stored is not None else Moment.COTANGENT
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NoEffectWarning)
-        handle = approximate(model, rule, skip_small=skip_small)
-    rows = handle.rows
-    handle.revert()
-    for row in rows:
-        module = handle.model.get_submodule(row.name)
+    for row in preview.records([rule]):
+        module = model.get_submodule(row.name)
         if not is_planned(row.name, module):
             left_out[f"{row.name}: plans leave a {row.kind} alone"] = None
             continue

@@ -75,6 +75,15 @@ class Call:
         return self.kind.name in MATRICES
 
     @property
+    def energy(self) -> float:
+        """``Σ_n ‖x_n‖² ‖g_n‖²`` over rows, or examples of convolutions: noise of codes is near proportional to it."""
+        pair = [
+            (tensor.reshape(-1, tensor.shape[-1]) if self.is_matrix else tensor.flatten(1)).square().sum(1)
+            for tensor in (self.input, self.use.cotangent)
+        ]
+        return float(pair[0].double() @ pair[1].double())
+
+    @property
     def use(self) -> LayerUse:
         """The tensors of this call, as laws read them."""
         if self.cotangent is None:
@@ -89,24 +98,12 @@ class Capture:
     Attributes:
         calls: of all layers, in the order in which they ran, those that a gradient reached.
         gradient: of all parameters.
+        loss: of the batch.
     """
 
     calls: list[Call]
     gradient: list[Tensor]
-
-    def energies(self) -> dict[str, float]:
-        """Return ``Σ_n ‖x_n‖² ‖g_n‖²`` for every layer, over rows, or examples of convolutions.
-
-        The noise of a layer's sketches is near proportional to it from batch to batch.
-        """
-        found: dict[str, float] = {}
-        for call in self.calls:
-            pair = [
-                (tensor.reshape(-1, tensor.shape[-1]) if call.is_matrix else tensor.flatten(1)).square().sum(1)
-                for tensor in (call.input, call.use.cotangent)
-            ]
-            found[call.layer] = found.get(call.layer, 0.0) + float(pair[0].double() @ pair[1].double())
-        return found
+    loss: float
 
 
 class _Recorder:
@@ -206,7 +203,7 @@ def capture_pass(step: Step, layers: Mapping[str, nn.Module], batch: Any) -> Cap
         gradient, of_inputs = step.gradient(batch, views)
     for (call, _), value in zip(recorder.views, of_inputs, strict=True):
         call.input_gradient = value
-    return Capture([call for call in recorder.calls if call.cotangent is not None], gradient)
+    return Capture([call for call in recorder.calls if call.cotangent is not None], gradient, step.last_loss)
 
 
 def _share_out(post: ParcelPost, calls: list[Call], owned: set[StorageKey]) -> None:

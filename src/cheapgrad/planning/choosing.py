@@ -25,6 +25,7 @@ class Menu:
         exact_flops: of the exact backward pass.
         bytes_offset: what the model of bytes has been found to leave out.
         flops_offset: the same for FLOPs.
+        noise_factor: how far the bound of a plan's noise lies above the sum of what its choices add.
     """
 
     cotangent: list[list[Choice]]
@@ -61,6 +62,10 @@ class Menu:
         if most is not None and ceiling is not None and noise > most:
             raise self._contradiction(limits, ceiling, most, noise, variance)
         return chosen
+
+    def all_choices(self) -> list[Choice]:
+        """Return everything that can be chosen."""
+        return [choice for item in (*self.cotangent, *self.stored) for choice in item]
 
     @property
     def _base_bytes(self) -> float:

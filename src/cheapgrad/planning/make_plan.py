@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -21,22 +22,16 @@ from cheapgrad.errors import (
     ModelTypeError,
     UnreachableBudgetError,
 )
+from cheapgrad.planning.batches import FEWEST_FOR_ERRORS, MiniBatchVariance
 from cheapgrad.planning.budget import Budget, Limit, describe_limit, read_flops, read_memory, read_noise
 from cheapgrad.planning.candidates import LayerCandidates, find_candidates
 from cheapgrad.planning.capture import Capture, capture_pass
 from cheapgrad.planning.choosing import Menu
-from cheapgrad.planning.measure import (
-    BatchFactors,
-    MiniBatchVariance,
-    Observed,
-    PlanNoise,
-    count_costs,
-    count_planned_costs,
-    measure_plan_noise,
-)
-from cheapgrad.planning.noise import Noise, PassedDown
+from cheapgrad.planning.costs import count_costs, count_planned_costs
 from cheapgrad.planning.parts import Choice, Group, Unit, find_groups, find_units
+from cheapgrad.planning.passed_down import Noise, PassedDown
 from cheapgrad.planning.passes import LossFunction, Step, check_loss
+from cheapgrad.planning.plan_noise import Observed, PlanNoise, expected_margin, measure_plan_noise, rules_of
 from cheapgrad.planning.record import Plan, PlanFigures, PlannedLayer
 from cheapgrad.planning.tangents import push_forward
 from cheapgrad.sketch import Moment
@@ -44,10 +39,12 @@ from cheapgrad.sketch import Moment
 # Batches that are looked at for the variance of the mini-batch, and for the laws.
 _MOST_BATCHES = 8
 _LAW_BATCHES = 2
-# Random directions for each of these; draws of the plan, over all of them.
-_PROBES = 10
-_DRAWS = 8
+# For each of these: random directions, and draws of the plan.
+_PROBES = 4
+_DRAWS = 3
 _ROUNDS = 4
+# Above this relative standard error of the noise the plan says so.
+_LARGE_ERROR = 0.25
 
 
 def plan(
@@ -168,7 +165,6 @@ class _Planner:
     given: dict[str, Budget]
     skip_small: bool
     left_out: list[str]
-    factors: BatchFactors = field(default_factory=BatchFactors)
 
     def make(self) -> Plan:
         """Return the plan."""
@@ -178,70 +174,91 @@ class _Planner:
             name: _read_limit(name, value, exact.saved_bytes, exact.backward_flops)
             for name, value in self.given.items()
         }
-        variance, observed = self._observe()
-        units = [find_units(one.capture.calls, self.candidates) for one in observed]
-        menu = self._make_menu(observed, units, exact)
+        variance, observed, menu = self._observe(exact)
         scale = variance.value
         if not scale:
             raise BatchError("the batches have equal gradients, so there is no variance to compare noise with")
+        if "noise" in limits:
+            menu.noise_factor = expected_margin(menu.all_choices(), variance)
         for _ in range(_ROUNDS):
             choices = menu.choose(limits, scale)
             counted = self._count(choices)
             figures = report if counted is None else counted
             if not _correct_costs(menu, limits, choices, figures):
                 continue
-            noise = measure_plan_noise(self.step, observed, choices, units, self.factors, self.skip_small, _DRAWS)
-            if "noise" not in limits or noise.total <= limits["noise"].value * scale or not choices:
+            noise = PlanNoise(0.0, 0.0, 0.0)
+            if choices:
+                noise = measure_plan_noise(self.step, observed, choices, variance, self.skip_small, _DRAWS)
+            if "noise" not in limits or noise.bound <= limits["noise"].value * scale or not choices:
                 return self._write(exact, figures, choices, noise, variance)
             separate = sum(choice.noise.total for choice in choices)
-            menu.noise_factor = max(1.02 * noise.total / separate, 1.05 * menu.noise_factor)
+            menu.noise_factor = max(1.02 * noise.bound / separate, 1.05 * menu.noise_factor)
         raise UnreachableBudgetError(
             "no plan was found that keeps "
             + " and ".join(f"{limit.name}={limit.given!r} ({describe_limit(limit)})" for limit in limits.values())
             + f" in {_ROUNDS} rounds; allow a little more"
         )
 
-    def _observe(self) -> tuple[MiniBatchVariance, list[Observed]]:
+    def _observe(self, exact: PlanFigures) -> tuple[MiniBatchVariance, list[Observed], Menu]:
+        """Run an exact pass of every batch; the first ones are kept, of the others only sizes of noise."""
         variance, observed = MiniBatchVariance(), []
         layers = {name: layer.module for name, layer in self.candidates.items()}
-        needs_tangents = any(layer.cotangent for layer in self.candidates.values())
+        sizes: list[list[list[float]]] = []
+        amplifications: list[float] = []
         with self.step.undisturbed():
             for number, batch in enumerate(self.batches):
                 capture, below = capture_pass(self.step, layers, batch), PassedDown()
                 variance.add(capture.gradient)
-                self.factors.add(capture.energies(), number < _LAW_BATCHES)
-                if number >= _LAW_BATCHES:
+                units, groups = find_units(capture.calls, self.candidates), find_groups(capture.calls, self.candidates)
+                if number < _LAW_BATCHES:
+                    self._push_forward(batch, capture, units, below, number)
+                    observed.append(Observed(batch, capture, below, units, groups))
                     continue
-                if needs_tangents or _codes_slopes(capture, self.candidates):
-                    push_forward(self.step, batch, capture.calls, below.take, _PROBES, seed=number)
-                observed.append(Observed(batch, capture, below))
-        return variance, observed
+                if not amplifications:
+                    amplifications = _amplifications(observed)
+                sizes.append(_sizes(units, groups, amplifications))
+        amplifications = amplifications or _amplifications(observed)
+        sizes = [_sizes(one.units, one.groups, amplifications) for one in observed] + sizes
+        return variance, observed, self._make_menu(observed, sizes, exact)
 
-    def _make_menu(self, observed: list[Observed], units: list[list[Unit]], exact: PlanFigures) -> Menu:
-        groups = [find_groups(one.capture.calls, self.candidates) for one in observed]
-        cotangent = [
-            self._average([each[position].choices(one.below) for each, one in zip(units, observed, strict=True)])
-            for position in range(len(units[0]))
-        ]
-        stored = [
-            self._average([each[position].choices(one.below) for each, one in zip(groups, observed, strict=True)])
-            for position in range(_common_length(groups))
-        ]
-        return Menu(cotangent, stored, exact.saved_bytes, exact.backward_flops)
+    def _push_forward(
+        self, batch: Any, capture: Capture, units: Sequence[Unit], below: PassedDown, number: int
+    ) -> None:
+        """Learn what becomes of noise below units, and below activations whose slopes may be coded."""
+        calls = [chain[0] for unit in units for chain in unit.chains]
+        for call in capture.calls:
+            if call.before is not None and call.activated and self.candidates[call.layer].stored:
+                calls.append(call.before)
+        distinct = list({id(call): call for call in calls}.values())
+        push_forward(self.step, batch, distinct, below.take, _PROBES, seed=number)
 
-    def _average(self, choices: Sequence[Sequence[Choice]]) -> list[Choice]:
-        """Return the choices of the first batch, with the mean noise, carried over to all batches."""
+    def _make_menu(self, observed: list[Observed], sizes: list[list[list[float]]], exact: PlanFigures) -> Menu:
+        if len({tuple(map(len, one)) for one in sizes}) != 1 or len({_names(one) for one in observed}) != 1:
+            raise BatchError("different layers run for different batches; plan with batches that take the same way")
+        items = [[part.choices(one.below) for part in (*one.units, *one.groups)] for one in observed]
+        choices = [
+            self._average([of_batch[position] for of_batch in items], [one[position] for one in sizes])
+            for position in range(len(items[0]))
+        ]
+        units = len(observed[0].units)
+        return Menu(choices[:units], choices[units:], exact.saved_bytes, exact.backward_flops)
+
+    def _average(self, choices: Sequence[Sequence[Choice]], sizes: Sequence[Sequence[float]]) -> list[Choice]:
+        """Return the choices of the first batch, with the mean noise of the law, carried over to all batches."""
         averaged = []
-        for each in zip(*choices, strict=True):
+        for each, of_choice in zip(zip(*choices, strict=True), zip(*sizes, strict=True), strict=True):
             noise = Noise()
             for choice in each:
                 noise = noise + choice.noise
-            factor = self.factors.of(each[0].layers) / len(each)
-            averaged.append(dataclasses.replace(each[0], noise=noise.scaled(factor)))
+            mean, seen = math.fsum(of_choice) / len(of_choice), math.fsum(of_choice[: len(each)])
+            # Without any noise in the batches looked at, all that is known is that without cross terms.
+            carried = noise.scaled(mean / seen) if seen else Noise(own=mean)
+            shares = tuple(size / mean if mean else 1.0 for size in of_choice)
+            averaged.append(dataclasses.replace(each[0], noise=carried, by_batch=shares))
         return averaged
 
     def _count(self, choices: Sequence[Choice]) -> CostReport | None:
-        rules = _rules(choices)
+        rules = rules_of(choices)
         return count_planned_costs(self.step, self.batches[0], rules, self.skip_small) if rules else None
 
     def _write(
@@ -259,12 +276,25 @@ class _Planner:
             # The forward pass of a converted model is that of the exact one.
             predicted=dataclasses.replace(_figures(report, noise.total / scale), forward_flops=exact.forward_flops),
             layers=self._layers(choices, scale),
-            noise_standard_error=noise.standard_error / scale,
+            noise_standard_error=noise.relative_error * noise.total / scale,
             separate_noise_fraction=sum(choice.noise.total for choice in choices) / scale,
             batches=variance.batches,
             skip_small=self.skip_small,
-            remarks=tuple(self.left_out),
+            remarks=(*self._judge(noise, variance), *self.left_out),
         )
+
+    def _judge(self, noise: PlanNoise, variance: MiniBatchVariance) -> list[str]:
+        """Say it where there are too few batches."""
+        if not noise.total:
+            return []
+        if noise.batch_error is None:
+            return [
+                f"from {variance.batches} batches nobody can tell how the noise differs from batch to batch, so that "
+                f"the error of its estimate is not all in ±; give at least {FEWEST_FOR_ERRORS}, better 8"
+            ]
+        if noise.relative_error <= _LARGE_ERROR:
+            return []
+        return [f"the noise is known to ±{noise.relative_error:.0%} only: give more batches, or larger ones"]
 
     def _layers(self, choices: Sequence[Choice], scale: float) -> tuple[PlannedLayer, ...]:
         by_layer: dict[str, dict[Moment, Choice]] = {}
@@ -297,19 +327,6 @@ def _figures(report: CostReport, noise: float) -> PlanFigures:
     return PlanFigures(total.saved_bytes, total.forward_flops, total.backward_flops, noise)
 
 
-def _rules(choices: Sequence[Choice]) -> list[Rule]:
-    """Return one rule for each layer."""
-    by_layer: dict[str, dict[str, Any]] = {}
-    for choice in choices:
-        for name in choice.layers:
-            by_layer.setdefault(name, {})[choice.moment.value] = choice.strategy
-    layers = [PlannedLayer(name, **strategies) for name, strategies in by_layer.items()]
-    return list(Plan({}, _NOTHING, _NOTHING, tuple(layers), 0.0, 0.0, 0).rules)
-
-
-_NOTHING = PlanFigures(0, 0, 0, 0)
-
-
 def _correct_costs(menu: Menu, limits: dict[str, Limit], choices: Sequence[Choice], report: CostReport) -> bool:
     """Tell whether counted costs keep the limits; if not, correct the model by what it left out."""
     kept = True
@@ -327,13 +344,20 @@ def _correct_costs(menu: Menu, limits: dict[str, Limit], choices: Sequence[Choic
     return kept
 
 
-def _codes_slopes(capture: Capture, candidates: dict[str, LayerCandidates]) -> bool:
-    """Tell whether codes of slopes, whose noise goes down, may be among the choices."""
-    return any(call.activated and candidates[call.layer].stored for call in capture.calls)
+def _names(observed: Observed) -> tuple[tuple[str, ...], ...]:
+    return tuple(part.layers for part in (*observed.units, *observed.groups))
 
 
-def _common_length(groups: Sequence[Sequence[Group]]) -> int:
-    lengths = {tuple(group.layers for group in each) for each in groups}
-    if len(lengths) != 1:
-        raise BatchError("different layers run for different batches; plan with batches that take the same way")
-    return len(groups[0])
+def _amplifications(observed: Sequence[Observed]) -> list[float]:
+    """Return, for every unit, the squared norm below of a unit of its first layer's input gradient."""
+    return [
+        math.fsum(one.below.amplification(chain[0]) for one in observed for chain in one.units[position].chains)
+        / sum(len(one.units[position].chains) for one in observed)
+        for position in range(len(observed[0].units))
+    ]
+
+
+def _sizes(units: Sequence[Unit], groups: Sequence[Group], amplifications: Sequence[float]) -> list[list[float]]:
+    """Return, for every unit and group, what the noise of each choice is near proportional to over batches."""
+    of_units = [unit.sizes(amplification) for unit, amplification in zip(units, amplifications, strict=False)]
+    return of_units + [group.sizes() for group in groups]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,109 +13,54 @@ from cheapgrad.ops._convolution_geometry import as_matrix
 from cheapgrad.ops.convolution import ConvolutionConfig
 from cheapgrad.ops.plan import Plan as LayerPlan
 from cheapgrad.planning.capture import Call
-from cheapgrad.sketch import (
-    AbstractStrategy,
-    DenseMatrix,
-    ExampleSample,
-    Moment,
-    Operands,
-    StochasticRounding,
-)
-from cheapgrad.sketch._row_sampling import AbstractRowSampling, _weight_atoms
-from cheapgrad.sketch.water_filling import water_filling
+from cheapgrad.planning.passed_down import Noise, PassedDown, row_norms, scale_rows
+from cheapgrad.planning.row_noise import measure_row_noise, row_squares, samples_rows
+from cheapgrad.sketch import AbstractStrategy, ExampleSample, Moment, StochasticRounding
 
 # Draws of a strategy whose noise is not computed from its atoms.
 _DRAWS = 4
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Expected squared error of the gradient.
-
-    Attributes:
-        own: of the parameters of the layers that are sketched.
-        passed_down: of the parameters of all layers below them.
-    """
-
-    own: float = 0.0
-    passed_down: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """Of all parameters."""
-        return self.own + self.passed_down
-
-    def scaled(self, factor: float) -> Noise:
-        """Return it multiplied by a factor."""
-        return Noise(self.own * factor, self.passed_down * factor)
-
-    def __add__(self, other: Noise) -> Noise:
-        return Noise(self.own + other.own, self.passed_down + other.passed_down)
-
-
-class PassedDown:
-    """What the rows of a gradient dX become further down, projected on random directions.
-
-    For a row n of dX, ``v_zn = ⟨u_zn, dX_n⟩`` is the product of z with what that row alone adds to the gradients of all
-    parameters below; over z its square has the expectation ``‖Jᵀ dX_n‖²``. For convolutions a row is an example.
-    """
-
-    def __init__(self) -> None:
-        self._products: dict[int, list[Tensor]] = {}
-
-    def take(self, call: Call, tangent: Tensor) -> None:
-        """Take in the tangent of a call's input."""
-        if call.input_gradient is None:
-            return
-        product = tangent * call.input_gradient
-        rows = product.sum(-1).flatten() if call.is_matrix else product.flatten(1).sum(1)
-        self._products.setdefault(id(call), []).append(rows.double())
-
-    def of(self, call: Call) -> Tensor | None:
-        """Return v for all probes and rows, shape ``[probes, N]``; None where nothing is below."""
-        products = self._products.get(id(call))
-        return None if products is None else torch.stack(products)
-
-    def amplification(self, call: Call) -> float:
-        """Return the squared error below for each unit of squared error in the rows of dX."""
-        products_ZN = self.of(call)
-        if products_ZN is None or call.input_gradient is None:
-            return 0.0
-        squared_norm = float(call.input_gradient.double().square().sum())
-        return float(products_ZN.square().sum(1).mean()) / squared_norm if squared_norm else 0.0
+# Codes of more rows than these are judged by so many of them, drawn by the squared norms that meet their errors.
+_CODED_ROWS = 384
+_ROW_SEED = 20241102
 
 
 @torch.no_grad()
 def measure_cotangent_noise(
     chain: Sequence[Call],
-    strategy: AbstractStrategy,
+    strategies: Sequence[AbstractStrategy],
     below: PassedDown,
     scale: Tensor | None = None,
     samples_bias: bool = False,
-) -> Noise:
-    r"""Return the noise of a strategy that acts on the cotangent of one chain of calls.
+    is_folded: bool = False,
+) -> list[Noise]:
+    r"""Return the noise of each of several strategies for the cotangent of one chain of calls.
 
-    Sampled rows (or examples) n with inclusion probabilities p stand for what they add to the whole gradient,
-    ``a_n = (g_n x_nᵀ of every layer of the chain, Jᵀ dX_n)``: ``Σ_nm (p_nm / (p_n p_m) − 1) ⟨a_n, a_m⟩``, in the form
-    that the design's law gives it. Other strategies are drawn a few times; below the layer, the energy of their error
-    is multiplied by the amplification that was measured for rows.
+    Rows have `measure_row_noise`, examples of convolutions the same in the design's form. Other strategies are drawn a
+    few times; below the layer, the energy of their error is multiplied by the amplification that was measured for rows.
 
     Args:
         chain: calls of layers that share one draw, the last one being where it is drawn.
-        strategy: the strategy.
+        strategies: to choose from.
         below: tangents at the first call's input.
         scale: factor of every row of the cotangents (of every example, for convolutions): how large sketches above
             make them; None leaves them as they are.
         samples_bias: whether the gradient of a bias is summed over kept rows, as it is in every chain of several layers
             and in a layer whose input is stored by a strategy of its own.
+        is_folded: as in `measure_row_noise`.
     """
-    if isinstance(strategy, ExampleSample) and not chain[0].is_matrix:
-        return _image_noise(chain[0], strategy, below, scale)
-    if isinstance(strategy, AbstractRowSampling) and chain[0].is_matrix:
-        return _row_noise(chain, strategy, below, scale, samples_bias or len(chain) > 1)
-    if len(chain) > 1:
-        raise RuntimeError(f"{strategy!r} is not shared by the layers of a chain")
-    return _drawn_noise(chain[0], strategy, below).scaled(_energy(chain[0], scale))
+    rows = [strategy for strategy in strategies if samples_rows(chain, strategy)]
+    of_rows = iter(measure_row_noise(chain, rows, below, scale, samples_bias, is_folded) if rows else ())
+    found = []
+    for strategy in strategies:
+        if samples_rows(chain, strategy):
+            found.append(next(of_rows))
+        elif isinstance(strategy, ExampleSample):
+            found.append(_image_noise(chain[0], strategy, below, scale))
+        elif len(chain) > 1:
+            raise RuntimeError(f"{strategy!r} is not shared by the layers of a chain")
+        else:
+            found.append(_drawn_noise(chain[0], strategy, below).scaled(_energy(chain[0], scale)))
+    return found
 
 
 @torch.no_grad()
@@ -141,7 +85,31 @@ def measure_stored_noise(
     """
     if scale is not None:
         call = dataclasses.replace(call, cotangent=scale_rows(call, scale))
-    return _input_noise(call, strategy) + _slope_noise(call, strategy, below, layers, scale)
+    own = _input_noise(_draw_rows(call, strategy), strategy)
+    return own + _slope_noise(call, strategy, below, layers, scale)
+
+
+def _draw_rows(call: Call, strategy: AbstractStrategy) -> Call:
+    """Return a call of few of its rows, weighted to stand for all: the noise of codes is a sum over rows."""
+    rows = call.input.numel() // max(1, call.input.shape[-1])
+    if not isinstance(strategy, StochasticRounding) or not call.is_matrix or rows <= _CODED_ROWS:
+        return call
+    if call.input.shape[-1] % strategy.group:
+        return call
+    index_K, factor_K = _choose_rows(row_squares(call.use.cotangent))
+    x_KI = call.input.reshape(rows, -1)[index_K]
+    g_KO = call.use.cotangent.reshape(rows, -1)[index_K] * factor_K.to(call.use.cotangent.dtype).unsqueeze(1)
+    return dataclasses.replace(call, input=x_KI, cotangent=g_KO)
+
+
+def _choose_rows(energy_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows drawn with chances by their energy, half of them evenly, and the roots of their weights."""
+    chances_N = energy_N.double().clamp_min(0)
+    rows = len(chances_N)
+    chances_N = 0.5 * chances_N / chances_N.sum().clamp_min(1e-300) + 0.5 / rows
+    generator = torch.Generator(chances_N.device).manual_seed(_ROW_SEED)
+    index_K = torch.multinomial(chances_N, _CODED_ROWS, replacement=True, generator=generator)
+    return index_K, (1 / (chances_N[index_K] * _CODED_ROWS)).sqrt()
 
 
 def joins_codes(call: Call, strategy: AbstractStrategy, layers: Sequence[str]) -> bool:
@@ -170,15 +138,19 @@ def _slope_noise(
     if stage.activation.slope_kind != "smooth" or not isinstance(strategy, StochasticRounding):
         # The branch of a piecewise linear activation is kept exactly.
         return Noise()
-    slope = stage.activation.derivative(held, held)
-    variance = stage.activation.codec(strategy.bits).entry_variance(slope) * dy.double().square()
-    variance_NO = variance.reshape(-1, variance.shape[-1])
-    if scale is not None:
-        variance_NO = variance_NO * scale.square().unsqueeze(1)
+    dy_NO, held_NO = dy.reshape(-1, dy.shape[-1]), held.reshape(-1, held.shape[-1])
+    factor_N = torch.ones(len(dy_NO), dtype=torch.float64, device=dy.device) if scale is None else scale
+    index = slice(None)
+    if len(dy_NO) > _CODED_ROWS and dy_NO.shape[-1] % strategy.group == 0:
+        index, weight = _choose_rows(row_squares(dy_NO) * factor_N.square())
+        factor_N = factor_N[index] * weight
+    slope_NO = stage.activation.derivative(held_NO[index], held_NO[index])
+    variance_NO = stage.activation.codec(strategy.bits).entry_variance(slope_NO) * dy_NO[index].double().square()
+    variance_NO = variance_NO * factor_N.square().unsqueeze(1)
     module: Any = before.module
     own = 0.0
     if module.weight.requires_grad:
-        own += float(variance_NO.sum(1) @ row_norms(before, before.input).square())
+        own += float(variance_NO.sum(1) @ row_squares(before.input)[index].double())
     if module.bias is not None and module.bias.requires_grad:
         own += float(variance_NO.sum())
     weight_OI = module.weight if before.kind.name == "Linear" else module.weight.t()
@@ -191,29 +163,6 @@ def _input_noise(call: Call, strategy: AbstractStrategy) -> Noise:
         return Noise(own=_rounded_image_noise(call, strategy))
     kind = call.kind
     return Noise(own=float(kind.variance(call.module, strategy, Moment.STORED, call.use, strategy.new_memory()).weight))
-
-
-def row_norms(call: Call, cotangent: Tensor) -> Tensor:
-    """Return the norms of the rows of a cotangent, of its examples for a convolution, in float64.
-
-    Args:
-        call: of the layer.
-        cotangent: in the shape of its output.
-    """
-    rows = cotangent.reshape(-1, cotangent.shape[-1]) if call.is_matrix else cotangent.flatten(1)
-    return rows.double().norm(dim=1)
-
-
-def scale_rows(call: Call, scale: Tensor) -> Tensor:
-    """Return the call's cotangent with its rows, or examples, multiplied by factors.
-
-    Args:
-        call: of the layer.
-        scale: one factor for each.
-    """
-    cotangent = call.use.cotangent
-    shape = (*cotangent.shape[:-1], 1) if call.is_matrix else (-1, *[1] * (cotangent.dim() - 1))
-    return cotangent * scale.to(cotangent.dtype).view(shape)
 
 
 def _energy(call: Call, scale: Tensor | None) -> float:
@@ -245,97 +194,6 @@ def _batched(call: Call, images: Tensor) -> Tensor:
     return images if images.dim() == weight.dim() else images.unsqueeze(0)
 
 
-def _row_noise(
-    chain: Sequence[Call],
-    strategy: AbstractRowSampling,
-    below: PassedDown,
-    scale: Tensor | None,
-    samples_bias: bool,
-) -> Noise:
-    matrices = [_matrices(call, scale) for call in chain]
-    operands = _operands(chain, *matrices[-1])
-    scores, block = strategy._block_scores(operands, matrices[-1][1].shape[0])
-    count = strategy.kept_count(scores.shape[-1])
-
-    def variance(squared_norms: Tensor, squared_norm_of_sum: Callable[[Tensor], Tensor]) -> float:
-        return float(strategy.design.variance(squared_norms.double(), scores, count, squared_norm_of_sum))
-
-    own = 0.0
-    for call, (x_NI, g_NO) in zip(chain, matrices, strict=True):
-        module: Any = call.module
-        if module.weight.requires_grad:
-            squares, of_sum = _product_atoms(x_NI, g_NO, block)
-            own += variance(squares, of_sum)
-        if samples_bias and module.bias is not None and module.bias.requires_grad:
-            own += variance(*_sum_atoms(g_NO, block))
-    products_ZN = below.of(chain[0])
-    if products_ZN is None:
-        return Noise(own)
-    if scale is not None:
-        products_ZN = products_ZN * scale
-    return Noise(own, variance(*_scalar_atoms(products_ZN.view(len(products_ZN), -1, block).sum(2))))
-
-
-def _operands(chain: Sequence[Call], stored_NI: Tensor, cotangent_NO: Tensor) -> Operands:
-    """Return what the draw at the end of a chain sees."""
-    top = chain[-1]
-    if len(chain) > 1:
-        return Operands(Moment.COTANGENT, None, cotangent_NO, examples=top.use.examples)
-    weight: Any = top.module.weight
-    stored = DenseMatrix(stored_NI) if weight.requires_grad else None
-    weight_OI = weight.detach() if top.kind.name == "Linear" else weight.detach().t()
-    needed_OI = weight_OI if top.wants_input else None
-    return Operands(Moment.COTANGENT, stored, cotangent_NO, needed_OI, top.use.examples)
-
-
-@torch.no_grad()
-def draw_weights(chain: Sequence[Call], strategy: AbstractStrategy, scale: Tensor | None) -> Tensor | None:
-    """Return ``1 / √p_n`` for every row of a chain: how much larger the rows are that the codes below meet.
-
-    Args:
-        chain: calls of layers that share one draw.
-        strategy: of their cotangent.
-        scale: as in `measure_cotangent_noise`.
-    """
-    if not isinstance(strategy, AbstractRowSampling) or not chain[0].is_matrix:
-        return None
-    matrices = _matrices(chain[-1], scale)
-    scores, block = strategy._block_scores(_operands(chain, *matrices), matrices[1].shape[0])
-    probabilities = water_filling(scores, strategy.kept_count(scores.shape[-1]))
-    inverse = torch.where(probabilities > 0, 1 / probabilities, 0.0).sqrt()
-    return inverse.repeat_interleave(block)
-
-
-def _matrices(call: Call, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    x_NI = call.input.reshape(-1, call.input.shape[-1])
-    cotangent = call.use.cotangent if scale is None else scale_rows(call, scale)
-    g_NO = cotangent.reshape(x_NI.shape[0], -1)
-    dtype = torch.promote_types(x_NI.dtype, torch.float32)
-    return x_NI.to(dtype), g_NO.to(dtype)
-
-
-Atoms = tuple[Tensor, Callable[[Tensor], Tensor]]
-
-
-def _product_atoms(x_NI: Tensor, g_NO: Tensor, block: int) -> Atoms:
-    """Return the atoms ``g_n x_nᵀ``, or their sums over blocks of rows."""
-    if block > 1:
-        return _weight_atoms(x_NI.unsqueeze(0), g_NO.unsqueeze(0), block)
-    squares = x_NI.square().sum(1) * g_NO.square().sum(1)
-    return squares, lambda weights: ((g_NO * weights.to(g_NO.dtype).unsqueeze(1)).mT @ x_NI).double().square().sum()
-
-
-def _sum_atoms(g_NO: Tensor, block: int) -> Atoms:
-    """Return the atoms of the gradient of a bias."""
-    sums = g_NO if block == 1 else g_NO.view(-1, block, g_NO.shape[1]).sum(1)
-    return sums.square().sum(1), lambda weights: (weights.to(sums.dtype) @ sums).double().square().sum()
-
-
-def _scalar_atoms(products_ZN: Tensor) -> Atoms:
-    """Return atoms of which only products with random directions are known."""
-    return products_ZN.square().mean(0), lambda weights: (products_ZN @ weights.double()).square().mean()
-
-
 def _image_noise(call: Call, strategy: ExampleSample, below: PassedDown, scale: Tensor | None) -> Noise:
     """Return the noise of sampled examples of a convolution."""
     images, geometry = _geometry(call)
@@ -362,11 +220,12 @@ def _image_noise(call: Call, strategy: ExampleSample, below: PassedDown, scale: 
         return Noise(own)
     if scale is not None:
         products_ZB = products_ZB * scale
-    return Noise(own, float(strategy.design.variance(*_ordered(_scalar_atoms(products_ZB), scores, count))))
+    squares = products_ZB.square().mean(0)
 
+    def below_squared(weights: Tensor) -> Tensor:
+        return (products_ZB @ weights.double()).square().mean()
 
-def _ordered(atoms: Atoms, scores: Tensor, count: int) -> tuple[Tensor, Tensor, int, Callable[[Tensor], Tensor]]:
-    return atoms[0], scores, count, atoms[1]
+    return Noise(own, float(strategy.design.variance(squares, scores, count, below_squared)))
 
 
 def _image_scores(call: Call, strategy: ExampleSample, images: Tensor, geometry: Any, grad: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from cheapgrad.ops.plan import Plan as LayerPlan
 from cheapgrad.planning.candidates import LayerCandidates
 from cheapgrad.planning.capture import Call
 from cheapgrad.planning.frontier import Option
-from cheapgrad.planning.noise import Noise, PassedDown, joins_codes, measure_cotangent_noise, measure_stored_noise
+from cheapgrad.planning.noise import joins_codes, measure_cotangent_noise, measure_stored_noise
+from cheapgrad.planning.passed_down import Noise, PassedDown
+from cheapgrad.planning.row_noise import row_noise_sizes, samples_rows
 from cheapgrad.sketch import AbstractStrategy, Moment, StochasticRounding
 
 
@@ -27,8 +29,9 @@ class Choice:
         strategy: the strategy.
         bytes_change: of what the whole step holds.
         flops_change: of the whole backward pass.
-        noise: added variance.
+        noise: added variance, averaged over all batches.
         freed: storages that are let go, with their bytes.
+        by_batch: the noise of each batch, as a multiple of the average.
     """
 
     layers: tuple[str, ...]
@@ -38,6 +41,7 @@ class Choice:
     flops_change: float
     noise: Noise
     freed: Mapping[StorageKey, int] = field(default_factory=dict)
+    by_batch: tuple[float, ...] = ()
 
     def option(self, cost: float) -> Option:
         """Return the choice as an option of a frontier."""
@@ -68,14 +72,30 @@ class Unit:
             if call.activated
             for key, size in call.held.items()
         }
+        noises = [Noise()] * len(self.strategies)
+        for chain in self.chains:
+            measured = measure_cotangent_noise(chain, self.strategies, below, is_folded=True)
+            noises = [noise + one for noise, one in zip(noises, measured, strict=True)]
         found = []
-        for strategy in self.strategies:
+        for strategy, noise in zip(self.strategies, noises, strict=True):
             flops = sum(_flops_change(call, strategy, Moment.COTANGENT) for chain in self.chains for call in chain)
-            noise = Noise()
-            for chain in self.chains:
-                noise = noise + measure_cotangent_noise(chain, strategy, below)
             less = -float(sum(freed.values()))
             found.append(Choice(self.layers, Moment.COTANGENT, strategy, less, flops, noise, freed))
+        return found
+
+    def sizes(self, amplification: float) -> list[float]:
+        """Return figures that the noise of every strategy is near proportional to, from batch to batch.
+
+        Args:
+            amplification: of the first layers' input gradients on their way down.
+        """
+        found = [0.0] * len(self.strategies)
+        for chain in self.chains:
+            rows = [strategy for strategy in self.strategies if samples_rows(chain, strategy)]
+            sizes = iter(row_noise_sizes(chain, rows, amplification) if rows else ())
+            energy = sum(call.energy for call in chain) if len(rows) < len(self.strategies) else 0.0
+            for position, strategy in enumerate(self.strategies):
+                found[position] += next(sizes) if strategy in rows else energy
         return found
 
 
@@ -113,6 +133,10 @@ class Group:
             change = kept - sum(freed.values())
             found.append(Choice(self.layers, Moment.STORED, strategy, change, flops, noise, freed))
         return found
+
+    def sizes(self) -> list[float]:
+        """Return figures that the noise of every strategy is near proportional to, from batch to batch."""
+        return [sum(call.energy for call in self.calls)] * len(self.strategies)
 
 
 def find_units(calls: Sequence[Call], candidates: Mapping[str, LayerCandidates]) -> list[Unit]:

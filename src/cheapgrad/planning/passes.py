@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +34,7 @@ class Step:
         self.model = model
         self.loss_fn = loss_fn
         self.seed = seed
+        self.last_loss = math.nan
         self.named_parameters = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
         self.parameters = [value for _, value in self.named_parameters]
 
@@ -67,6 +69,7 @@ class Step:
         loss = self.loss(batch)
         others = also()
         found = torch.autograd.grad(loss, [*self.parameters, *others], allow_unused=True)
+        self.last_loss = float(loss.detach())
         count = len(self.parameters)
         pairs = zip(self.parameters, found[:count], strict=True)
         own = [torch.zeros_like(parameter) if value is None else value for parameter, value in pairs]

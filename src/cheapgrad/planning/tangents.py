@@ -15,6 +15,8 @@ from cheapgrad.planning.capture import Call
 from cheapgrad.planning.passes import Step
 
 _SEED = 20240601
+# Signs are drawn for the largest parameter and so many entries more; where a parameter's begin is drawn every time.
+_SHIFTS = 1 << 16
 
 
 def push_forward(
@@ -50,10 +52,11 @@ def push_forward(
     layers = {call.layer: call.module for call in by_order.values()}
     if not by_order:
         return
-    for probe in range(probes):
-        watching = _watching(layers, lambda key, x: _report(by_order, key, x, length, take))
-        with _moved(step.parameters, length, _SEED + 1000 * seed + probe), torch.no_grad(), watching:
-            step.loss(batch)
+    with _Moving(step.parameters, length, _SEED + 1000 * seed) as moving, torch.no_grad():
+        for _ in range(probes):
+            moving.move()
+            with _watching(layers, lambda key, x: _report(by_order, key, x, length, take)):
+                step.loss(batch)
 
 
 def _report(
@@ -68,24 +71,35 @@ def _report(
         take(call, (x - call.input) / length)
 
 
-@contextlib.contextmanager
-def _moved(parameters: Sequence[nn.Parameter], length: float, seed: int) -> Iterator[None]:
-    """Add random signs times a length to all parameters; put the old values back, bit for bit."""
-    old = [parameter.detach().clone() for parameter in parameters]
-    generators: dict[torch.device, torch.Generator] = {}
-    try:
-        with torch.no_grad():
-            for parameter in parameters:
-                device = parameter.device
-                if device not in generators:
-                    generators[device] = torch.Generator(device).manual_seed(seed)
-                coins = torch.empty_like(parameter).bernoulli_(0.5, generator=generators[device])
-                parameter.add_(coins.mul_(2).sub_(1), alpha=length)
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, old, strict=True):
-                parameter.copy_(value)
+class _Moving(contextlib.AbstractContextManager["_Moving"]):
+    """Sets parameters to what they were plus random signs times a length; in the end to what they were, bit for bit.
+
+    The signs of one probe are those of the probe before, shifted: drawn once, and still without correlations.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], length: float, seed: int) -> None:
+        self._parameters = [parameter.detach() for parameter in parameters]
+        self._old = [parameter.clone() for parameter in self._parameters]
+        self._generator = torch.Generator().manual_seed(seed)
+        self._signs: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        largest = max(parameter.numel() for parameter in parameters)
+        for parameter in parameters:
+            key = parameter.device, parameter.dtype
+            if key not in self._signs:
+                coins = torch.randint(0, 2, (largest + _SHIFTS,), generator=self._generator, dtype=torch.int8)
+                self._signs[key] = (coins.to(*key) * 2 - 1) * length
+
+    def move(self) -> None:
+        """Set the parameters to new values."""
+        shifts = torch.randint(0, _SHIFTS, (len(self._old),), generator=self._generator).tolist()
+        for parameter, old, shift in zip(self._parameters, self._old, shifts, strict=True):
+            signs = self._signs[parameter.device, parameter.dtype][shift : shift + old.numel()]
+            torch.add(old, signs.view(old.shape), out=parameter)
+
+    def __exit__(self, *_: object) -> None:
+        """Put the old values back."""
+        for parameter, old in zip(self._parameters, self._old, strict=True):
+            parameter.copy_(old)
 
 
 @contextlib.contextmanager

@@ -72,6 +72,10 @@ class AbstractFixedSizeDesign(AbstractDesign):
     def joint_inclusion(self, probabilities: Tensor) -> Tensor | None:
         """Return exact pairwise inclusion probabilities ``[n, n]`` where n is small enough, otherwise None."""
 
+    def is_approximated(self, probabilities: Tensor) -> bool:
+        """Tell whether the variance is that of `approximate_variance`: no exact joint probabilities are known."""
+        return self.joint_inclusion(probabilities) is None
+
     def draw(self, scores: Tensor, count: int, generator: torch.Generator | None = None) -> Selection:
         """Draw exactly ``min(count, n)`` distinct atoms with the water-filling inclusion probabilities."""
         size = scores.shape[-1]
@@ -94,7 +98,7 @@ class AbstractFixedSizeDesign(AbstractDesign):
         inverse = torch.where(probabilities > 0, 1.0 / probabilities, 0.0)
         joint = self.joint_inclusion(probabilities)
         if joint is None:
-            return _fixed_point_variance(squared_norms, probabilities, inverse, squared_norm_of_sum)
+            return _fixed_point_variance(squared_norms, probabilities, squared_norm_of_sum)
         return _joint_variance(probabilities, inverse, joint, squared_norm_of_sum)
 
 
@@ -108,16 +112,35 @@ def _joint_variance(
     return eigenvalues @ squares
 
 
-def _fixed_point_variance(
-    squared_norms: Tensor, probabilities: Tensor, inverse: Tensor, squared_norm_of_sum: SquaredNormOfSum
+def approximate_variance(
+    squared_norms: Tensor, probabilities: Tensor, squared_norms_of_sums: Callable[[Tensor], Tensor]
 ) -> Tensor:
+    """Return the variance under the fixed point's joint probabilities, for several lines of probabilities at once.
+
+    Args:
+        squared_norms: ``||a_i||**2``, shape ``[n]``.
+        probabilities: of inclusion, shape ``[S, n]``.
+        squared_norms_of_sums: weights ``[S, n]`` to ``|| sum_i weight_si a_i ||**2``, shape ``[S]``.
+
+    Returns:
+        Float64 variances, shape ``[S]``; zero where every atom is certain.
+    """
+    inverse = torch.where(probabilities > 0, 1.0 / probabilities, 0.0)
     spread = probabilities * (1 - probabilities)
+    is_random = spread.sum(-1) >= 1e-12
+    spread = torch.where(is_random.unsqueeze(-1), spread, 0.0)
     dispersion = spread.clone()
-    total = dispersion.sum()
-    if total < 1e-12:
-        return squared_norms.new_zeros((), dtype=torch.float64)
     for _ in range(60):
-        dispersion = spread + dispersion**2 / dispersion.sum()
-    weights = dispersion * inverse
-    own_terms = (dispersion * inverse**2 * squared_norms.double()).sum()
-    return own_terms - squared_norm_of_sum(weights).double() / dispersion.sum()
+        dispersion = spread + dispersion**2 / dispersion.sum(-1, keepdim=True).clamp_min(1e-300)
+    total = dispersion.sum(-1).clamp_min(1e-300)
+    own_terms = (dispersion * inverse**2) @ squared_norms.double()
+    values = own_terms - squared_norms_of_sums(dispersion * inverse).double() / total
+    return torch.where(is_random, values, 0.0)
+
+
+def _fixed_point_variance(
+    squared_norms: Tensor, probabilities: Tensor, squared_norm_of_sum: SquaredNormOfSum
+) -> Tensor:
+    return approximate_variance(
+        squared_norms, probabilities.unsqueeze(0), lambda weights: squared_norm_of_sum(weights[0]).unsqueeze(0)
+    )[0]

@@ -86,6 +86,10 @@ class Systematic(AbstractFixedSizeDesign):
             total = total + width * squared_norm_of_sum(weights - (probabilities > 0).double()).double()
         return total
 
+    def is_approximated(self, probabilities: Tensor) -> bool:
+        """Tell whether the variance is approximated: for many atoms in random order; in order it is an integral."""
+        return self.permute and super().is_approximated(probabilities)
+
     def joint_inclusion(self, probabilities: Tensor) -> Tensor | None:
         """Average, over all orders, the length on the unit circle where two atoms' arcs overlap; None in order."""
         size = probabilities.shape[-1]

@@ -1,0 +1,54 @@
+"""Bytes and FLOPs of a step, counted in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cheapgrad.convert import Rule, approximate
+from cheapgrad.cost import CostReport, scan
+from cheapgrad.planning.passes import LossFunction, Step
+
+
+class _Whole(nn.Module):
+    """A model and its loss as one module, so that the loss is in the books too."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
+        super().__init__()
+        self.model = model
+        self._loss_fn = loss_fn
+
+    def forward(self, batch: Any) -> Tensor:
+        """Return the loss."""
+        return self._loss_fn(self.model, batch)
+
+
+def count_costs(step: Step, batch: Any) -> CostReport:
+    """Return the ledger of one step of the model as it is.
+
+    Args:
+        step: the training step.
+        batch: the batch.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(step.seed)
+        return scan(_Whole(step.model, step.loss_fn), batch)
+
+
+def count_planned_costs(step: Step, batch: Any, rules: Sequence[Rule], skip_small: bool) -> CostReport:
+    """Return the ledger of one step with rules; the model is as before when this returns.
+
+    Args:
+        step: the training step.
+        batch: the batch.
+        rules: what to convert.
+        skip_small: as in `cheapgrad.approximate`.
+    """
+    handle = approximate(step.model, rules, skip_small=skip_small)
+    try:
+        return count_costs(step, batch)
+    finally:
+        handle.revert()

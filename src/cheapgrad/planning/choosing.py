@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,11 @@ from cheapgrad.planning.frontier import Frontier, Option, Point
 from cheapgrad.planning.parts import Choice
 
 Cost = Callable[[Choice], float]
+# Choices that are made together.
+Package = tuple[Choice, ...]
+
+# Of the combinations of the groups inside one block no more than so many are compared with coding it whole.
+_MOST_PACKAGES = 64
 
 
 @dataclass
@@ -21,6 +27,7 @@ class Menu:
     Attributes:
         cotangent: for each unit, its choices.
         stored: for each group of layers with the same input, its choices.
+        regions: for each block whose norms and attention can be coded too, its choices: instead of those of its groups.
         exact_bytes: held by the exact step.
         exact_flops: of the exact backward pass.
         bytes_offset: what the model of bytes has been found to leave out.
@@ -35,6 +42,7 @@ class Menu:
     bytes_offset: float = 0.0
     flops_offset: float = 0.0
     noise_factor: float = 1.0
+    regions: list[list[Choice]] = field(default_factory=list)
     _frontiers: dict[object, Frontier] = field(default_factory=dict)
 
     def choose(self, limits: dict[str, Limit], variance: float) -> tuple[Choice, ...]:
@@ -53,11 +61,13 @@ class Menu:
             return self._cheapest(most or 0.0)
         chosen: tuple[Choice, ...] = ()
         if "flops" in limits:
-            chosen += self._within(limits["flops"], self.cotangent, self._flops, self._base_flops, self.exact_flops)
+            chosen += self._within(
+                limits["flops"], _alone(self.cotangent), self._flops, self._base_flops, self.exact_flops
+            )
         if "memory" in limits:
             base = self._base_bytes + sum(choice.bytes_change for choice in chosen)
-            groups = self._groups_beside(chosen)
-            chosen += self._within(limits["memory"], groups, self._bytes, base, self.exact_bytes)
+            items = self._pack(self._groups_beside(chosen), self._bytes)
+            chosen += self._within(limits["memory"], items, self._bytes, base, self.exact_bytes)
         noise = sum(choice.noise.total for choice in chosen)
         if most is not None and ceiling is not None and noise > most:
             raise self._contradiction(limits, ceiling, most, noise, variance)
@@ -65,7 +75,7 @@ class Menu:
 
     def all_choices(self) -> list[Choice]:
         """Return everything that can be chosen."""
-        return [choice for item in (*self.cotangent, *self.stored) for choice in item]
+        return [choice for item in (*self.cotangent, *self.stored, *self.regions) for choice in item]
 
     @property
     def _base_bytes(self) -> float:
@@ -97,18 +107,34 @@ class Menu:
 
         return [[beside(choice) for choice in group] for group in self.stored]
 
-    def _frontier(self, items: Sequence[Sequence[Choice]], cost: Cost) -> Frontier:
-        key = (tuple((choice.layers, cost(choice)) for item in items for choice in item), cost.__name__)
+    def _frontier(self, items: Sequence[Sequence[Package]], cost: Cost) -> Frontier:
+        key = (
+            tuple((one.layers, one.strategy, cost(one)) for item in items for package in item for one in package),
+            cost.__name__,
+        )
         if key not in self._frontiers:
             options = []
             for item in items:
-                useful = [choice.option(cost(choice)) for choice in item if cost(choice) < 0]
-                options.append([Option(0.0, 0.0), *useful])
+                priced = [(math.fsum(map(cost, package)), package) for package in item]
+                useful = [Option(price, _noise(package), package) for price, package in priced if price < 0]
+                options.append([Option(0.0, 0.0, ()), *useful])
             self._frontiers[key] = Frontier(options)
         return self._frontiers[key]
 
+    def _pack(self, groups: Sequence[Sequence[Choice]], cost: Cost) -> list[list[Package]]:
+        """Return items of which one package each is chosen: a block takes one code, or its groups have their own."""
+        items, inner = [], set()
+        for region in self.regions:
+            members = set(region[0].layers)
+            inside = [group for group in groups if group and members & set(group[0].layers)]
+            inner.update(map(id, inside))
+            points = self._frontier(_alone(inside), cost).points() if inside else []
+            thinned = points[:: -(-len(points) // _MOST_PACKAGES) or 1]
+            items.append([*map(_real, thinned), *((choice,) for choice in region)])
+        return items + _alone([group for group in groups if id(group) not in inner])
+
     def _within(
-        self, limit: Limit, items: Sequence[Sequence[Choice]], cost: Cost, base: float, exact: float
+        self, limit: Limit, items: Sequence[Sequence[Package]], cost: Cost, base: float, exact: float
     ) -> tuple[Choice, ...]:
         frontier = self._frontier(items, cost)
         point = frontier.least_noise(limit.value - base)
@@ -125,7 +151,8 @@ class Menu:
     def _cheapest(self, most: float) -> tuple[Choice, ...]:
         """Return the least sum of the shares of bytes and of FLOPs with at most this noise."""
         groups = self._groups_beside([item[0] for item in self.cotangent if item])
-        point = self._frontier([*self.cotangent, *groups], self._shares).least_cost(most)
+        items = [*_alone(self.cotangent), *self._pack(groups, self._shares)]
+        point = self._frontier(items, self._shares).least_cost(most)
         return () if point is None else _real(point)
 
     def _contradiction(
@@ -139,7 +166,8 @@ class Menu:
         if "memory" in limits and "flops" in limits:
             return UnreachableBudgetError(f"{text}; allow that much, or more bytes or FLOPs")
         name = "memory" if "memory" in limits else "flops"
-        items, cost = (self.stored, self._bytes) if name == "memory" else (self.cotangent, self._flops)
+        cost = self._bytes if name == "memory" else self._flops
+        items = self._pack(self.stored, cost) if name == "memory" else _alone(self.cotangent)
         base, exact = (self._base_bytes, self.exact_bytes) if name == "memory" else (self._base_flops, self.exact_flops)
         point = self._frontier(items, cost).least_cost(most)
         least = base + (point.cost if point is not None else 0.0)
@@ -148,8 +176,16 @@ class Menu:
         )
 
 
-def _real(point: Point) -> tuple[Choice, ...]:
-    return tuple(choice for choice in point.choices if choice is not None)
+def _real(point: Point) -> Package:
+    return tuple(choice for package in point.choices for choice in package)
+
+
+def _noise(package: Package) -> float:
+    return math.fsum(choice.noise.total for choice in package)
+
+
+def _alone(items: Sequence[Sequence[Choice]]) -> list[list[Package]]:
+    return [[(choice,) for choice in item] for item in items]
 
 
 def _round_up(share: float) -> str:

@@ -33,6 +33,7 @@ from cheapgrad.planning.passed_down import Noise, PassedDown
 from cheapgrad.planning.passes import LossFunction, Step, check_loss
 from cheapgrad.planning.plan_noise import Observed, PlanNoise, expected_margin, measure_plan_noise, rules_of
 from cheapgrad.planning.record import Plan, PlanFigures, PlannedLayer
+from cheapgrad.planning.regions import find_regions, measure_regions
 from cheapgrad.planning.tangents import push_forward
 from cheapgrad.sketch import Moment
 
@@ -125,7 +126,9 @@ def plan(
     candidates, left_out = find_candidates(unwrap(model), strategies, skip_small)
     _keep_asked_moments(candidates, set(given))
     check_loss(step, used[0])
-    return _Planner(step, used, candidates, given, skip_small, left_out).make()
+    # Rules of the user's own say for which modules; so does a budget that no code serves.
+    has_regions = strategies is None and ("memory" in given or "flops" not in given)
+    return _Planner(step, used, candidates, given, skip_small, left_out, has_regions).make()
 
 
 def _check_model(model: nn.Module) -> None:
@@ -165,6 +168,7 @@ class _Planner:
     given: dict[str, Budget]
     skip_small: bool
     left_out: list[str]
+    has_regions: bool = False
 
     def make(self) -> Plan:
         """Return the plan."""
@@ -174,7 +178,7 @@ class _Planner:
             name: _read_limit(name, value, exact.saved_bytes, exact.backward_flops)
             for name, value in self.given.items()
         }
-        variance, observed, menu = self._observe(exact)
+        variance, observed, menu = self._observe(report)
         scale = variance.value
         if not scale:
             raise BatchError("the batches have equal gradients, so there is no variance to compare noise with")
@@ -199,7 +203,7 @@ class _Planner:
             + f" in {_ROUNDS} rounds; allow a little more"
         )
 
-    def _observe(self, exact: PlanFigures) -> tuple[MiniBatchVariance, list[Observed], Menu]:
+    def _observe(self, report: CostReport) -> tuple[MiniBatchVariance, list[Observed], Menu]:
         """Run an exact pass of every batch; the first ones are kept, of the others only sizes of noise."""
         variance, observed = MiniBatchVariance(), []
         layers = {name: layer.module for name, layer in self.candidates.items()}
@@ -219,7 +223,18 @@ class _Planner:
                 sizes.append(_sizes(units, groups, amplifications))
         amplifications = amplifications or _amplifications(observed)
         sizes = [_sizes(one.units, one.groups, amplifications) for one in observed] + sizes
-        return variance, observed, self._make_menu(observed, sizes, exact)
+        return variance, observed, self._make_menu(observed, sizes, report)
+
+    def _measure_regions(self, observed: Observed, report: CostReport) -> list[list[Choice]]:
+        """Return the choices of blocks that can be coded with their norms and attention."""
+        if not self.has_regions:
+            return []
+        model = unwrap(self.step.model)
+        regions = find_regions(model, observed.groups, self.skip_small)
+        if not regions:
+            return []
+        step, batch, capture, below = self.step, observed.batch, observed.capture, observed.below
+        return measure_regions(step, batch, capture, below, regions, report, self.skip_small)
 
     def _push_forward(
         self, batch: Any, capture: Capture, units: Sequence[Unit], below: PassedDown, number: int
@@ -232,7 +247,7 @@ class _Planner:
         distinct = list({id(call): call for call in calls}.values())
         push_forward(self.step, batch, distinct, below.take, _PROBES, seed=number)
 
-    def _make_menu(self, observed: list[Observed], sizes: list[list[list[float]]], exact: PlanFigures) -> Menu:
+    def _make_menu(self, observed: list[Observed], sizes: list[list[list[float]]], report: CostReport) -> Menu:
         if len({tuple(map(len, one)) for one in sizes}) != 1 or len({_names(one) for one in observed}) != 1:
             raise BatchError("different layers run for different batches; plan with batches that take the same way")
         items = [[part.choices(one.below) for part in (*one.units, *one.groups)] for one in observed]
@@ -241,7 +256,12 @@ class _Planner:
             for position in range(len(items[0]))
         ]
         units = len(observed[0].units)
-        return Menu(choices[:units], choices[units:], exact.saved_bytes, exact.backward_flops)
+        regions = [
+            [_like_its_groups(choice, choices[units:], len(sizes)) for choice in region]
+            for region in self._measure_regions(observed[0], report)
+        ]
+        total = report.total
+        return Menu(choices[:units], choices[units:], total.saved_bytes, total.backward_flops, regions=regions)
 
     def _average(self, choices: Sequence[Sequence[Choice]], sizes: Sequence[Sequence[float]]) -> list[Choice]:
         """Return the choices of the first batch, with the mean noise of the law, carried over to all batches."""
@@ -302,9 +322,8 @@ class _Planner:
             for name in choice.layers:
                 by_layer.setdefault(name, {})[choice.moment] = choice
         layers = []
-        for name in self.candidates:
-            if name not in by_layer:
-                continue
+        order = {name: position for position, (name, _) in enumerate(unwrap(self.step.model).named_modules())}
+        for name in sorted(by_layer, key=lambda name: order.get(name, 0)):
             stored, cotangent = (by_layer[name].get(moment) for moment in (Moment.STORED, Moment.COTANGENT))
             noise = Noise() if stored is None else stored.noise.scaled(1 / len(stored.layers))
             if cotangent is not None and cotangent.layers[-1] == name:
@@ -315,6 +334,7 @@ class _Planner:
                     stored=None if stored is None else stored.strategy,
                     cotangent=None if cotangent is None else cotangent.strategy,
                     drawn_at=None if cotangent is None else cotangent.layers[-1],
+                    recompute=stored is not None and stored.is_region,
                     noise_fraction=noise.total / scale,
                     passed_down_share=noise.passed_down / noise.total if noise.total else 0.0,
                 )
@@ -342,6 +362,14 @@ def _correct_costs(menu: Menu, limits: dict[str, Limit], choices: Sequence[Choic
         attribute = "bytes_offset" if name == "memory" else "flops_offset"
         setattr(menu, attribute, max(offset, getattr(menu, attribute) + 1e-3 * exact))
     return kept
+
+
+def _like_its_groups(choice: Choice, groups: Sequence[Sequence[Choice]], batches: int) -> Choice:
+    """Return the choice of a region, drawn in the first batch, carried over to all as its noisiest group is."""
+    inside = [group[0] for group in groups if group and set(group[0].layers) & set(choice.layers)]
+    shares = max(inside, key=lambda one: one.noise.total).by_batch if inside else (1.0,) * batches
+    noise = choice.noise.scaled(1 / shares[0]) if shares[0] else choice.noise
+    return dataclasses.replace(choice, noise=noise, by_batch=shares)
 
 
 def _names(observed: Observed) -> tuple[tuple[str, ...], ...]:

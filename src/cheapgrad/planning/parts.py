@@ -12,7 +12,6 @@ from cheapgrad.ops.chains.joining import is_row_wise
 from cheapgrad.ops.plan import Plan as LayerPlan
 from cheapgrad.planning.candidates import LayerCandidates
 from cheapgrad.planning.capture import Call
-from cheapgrad.planning.frontier import Option
 from cheapgrad.planning.noise import joins_codes, measure_cotangent_noise, measure_stored_noise
 from cheapgrad.planning.passed_down import Noise, PassedDown
 from cheapgrad.planning.row_noise import row_noise_sizes, samples_rows
@@ -32,6 +31,7 @@ class Choice:
         noise: added variance, averaged over all batches.
         freed: storages that are let go, with their bytes.
         by_batch: the noise of each batch, as a multiple of the average.
+        is_region: whether norms, activations and attention between the layers take codes too; its noise is measured.
     """
 
     layers: tuple[str, ...]
@@ -42,10 +42,7 @@ class Choice:
     noise: Noise
     freed: Mapping[StorageKey, int] = field(default_factory=dict)
     by_batch: tuple[float, ...] = ()
-
-    def option(self, cost: float) -> Option:
-        """Return the choice as an option of a frontier."""
-        return Option(cost, self.noise.total, self)
+    is_region: bool = False
 
 
 @dataclass

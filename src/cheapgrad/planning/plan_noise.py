@@ -23,6 +23,8 @@ from cheapgrad.sketch import Moment
 _DRAW_SEED = 20240701
 # Relative standard error of the modelled noise: that of the laws' cross terms, and of the random directions.
 _MODEL_ERROR = 0.1
+# The same for blocks whose noise was drawn once, at another width.
+_REGION_ERROR = 0.4
 # Draws of codes for each observed batch: few say much, for they sum over many entries.
 _CODE_DRAWS = 1
 # A ceiling is kept with this many standard errors to spare: a chance of nine in ten for a normal error.
@@ -127,13 +129,16 @@ def measure_plan_noise(
         chains = _chains_of(cotangent, one.units)
         count = draws if meets else 0 if stored else 1
         scales = _draw_scales(step, one, chains, rules, skip_small, count, errors)
-        modelled += [_evaluate(choices, one, chains, scale) for scale in (scales if meets else [{}])]
+        modelled += [_evaluate(choices, one, chains, scale, len(observed)) for scale in (scales if meets else [{}])]
     means = [math.fsum(values) / len(modelled) for values in zip(*modelled, strict=True)]
     of_cotangent = math.fsum(mean for choice, mean in zip(choices, means, strict=True) if choice in cotangent)
     joined, error = _join(of_cotangent, errors)
     if stored:
         of_stored = math.fsum(means) - of_cotangent
-        joined, error = _join(joined + of_stored, _draw_whole_errors(step, observed, choices, skip_small, _CODE_DRAWS))
+        of_regions = math.fsum(mean for choice, mean in zip(choices, means, strict=True) if choice.is_region)
+        model_error = _MODEL_ERROR + (_REGION_ERROR - _MODEL_ERROR) * of_regions / (joined + of_stored or 1.0)
+        drawn = _draw_whole_errors(step, observed, choices, skip_small, _CODE_DRAWS)
+        joined, error = _join(joined + of_stored, drawn, model_error)
     factor = joined / (math.fsum(means) or 1.0)
     noises = _carry_over(choices, means, factor, len(observed), variance.batches)
     total = math.fsum(noises) / len(noises)
@@ -184,6 +189,8 @@ def rules_of(choices: Sequence[Choice]) -> list[Rule]:
     for choice in choices:
         for name in choice.layers:
             by_layer.setdefault(name, {})[choice.moment.value] = choice.strategy
+            if choice.is_region:
+                by_layer[name]["recompute"] = True
     return [Rule(_exactly(name), **strategies) for name, strategies in by_layer.items()]
 
 
@@ -195,11 +202,11 @@ def _squared_distance(drawn: Sequence[Tensor], exact: Sequence[Tensor]) -> float
     return squared_norm(torch._foreach_sub(list(drawn), list(exact)))
 
 
-def _join(modelled: float, errors: Sequence[float]) -> tuple[float, float]:
+def _join(modelled: float, errors: Sequence[float], relative_error: float = _MODEL_ERROR) -> tuple[float, float]:
     """Return the mean of two independent figures, weighted by their standard errors, and its standard error."""
     if not modelled:
         return 0.0, 0.0
-    model_error = _MODEL_ERROR * modelled
+    model_error = relative_error * modelled
     if len(errors) < 2:
         return modelled, model_error
     drawn = torch.tensor(errors, dtype=torch.float64)
@@ -280,7 +287,7 @@ def _ratio(call: Call, cotangent: Tensor) -> Tensor:
 
 
 def _evaluate(
-    choices: Sequence[Choice], observed: Observed, chains: _Chains, scales: Mapping[int, Tensor]
+    choices: Sequence[Choice], observed: Observed, chains: _Chains, scales: Mapping[int, Tensor], observed_count: int
 ) -> list[float]:
     """Return the noise of every choice for one draw of the cotangents."""
     stored = {name for choice in choices if choice.moment is Moment.STORED for name in choice.layers}
@@ -298,7 +305,11 @@ def _evaluate(
                     of_call[id(call)] = drawn if scale is None else drawn * scale
         found[choices.index(choice)] = noise
     for position, choice in enumerate(choices):
-        if choice.moment is Moment.STORED:
+        if choice.is_region:
+            # It was drawn, and no law says what the rows that are drawn above do to it.
+            of_observed = math.fsum(choice.by_batch[:observed_count]) / observed_count
+            found[position] = choice.noise.scaled(of_observed)
+        elif choice.moment is Moment.STORED:
             noise = Noise()
             for call in observed.capture.calls:
                 if call.layer in choice.layers:

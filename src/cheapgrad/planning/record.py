@@ -43,6 +43,7 @@ class PlannedLayer:
         stored: strategy for what is kept of its input, or None.
         cotangent: strategy for its cotangent, or None.
         drawn_at: the layer at whose output the rows are drawn, where several layers share one draw; else None.
+        recompute: whether its output is computed again for others that would hold it, as attention its queries.
         noise_fraction: what this layer's sketches add, divided by the variance of the mini-batch gradient; a draw that
             is shared counts where it is drawn. Modelled, with all other layers exact.
         passed_down_share: the part of it that is in the parameters of layers below. Modelled.
@@ -52,6 +53,7 @@ class PlannedLayer:
     stored: AbstractStrategy | None = None
     cotangent: AbstractStrategy | None = None
     drawn_at: str | None = None
+    recompute: bool = False
     noise_fraction: float = 0.0
     passed_down_share: float = 0.0
 
@@ -87,7 +89,8 @@ class Plan:
     def rules(self) -> tuple[Rule, ...]:
         """One rule for each layer."""
         return tuple(
-            Rule(_literal(layer.name), stored=layer.stored, cotangent=layer.cotangent) for layer in self.layers
+            Rule(_literal(layer.name), stored=layer.stored, cotangent=layer.cotangent, recompute=layer.recompute)
+            for layer in self.layers
         )
 
     @property

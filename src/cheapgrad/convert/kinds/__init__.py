@@ -6,6 +6,7 @@ from cheapgrad.convert.kinds.attention import ATTENTION
 from cheapgrad.convert.kinds.convolution import CONVOLUTIONS
 from cheapgrad.convert.kinds.dropout import DROPOUTS
 from cheapgrad.convert.kinds.embedding import EMBEDDING
+from cheapgrad.convert.kinds.fixed_maps import FIXED_MAPS
 from cheapgrad.convert.kinds.layer_kind import LayerKind, LayerUse
 from cheapgrad.convert.kinds.linear import LINEAR, TRANSPOSED_LINEAR
 from cheapgrad.convert.kinds.norms import NORMS
@@ -25,6 +26,7 @@ KINDS: tuple[LayerKind, ...] = (
     *NORMS,
     *DROPOUTS,
     *POOLINGS,
+    *FIXED_MAPS,
     PRELU,
     *RMS_NORMS,
     *TRANSFORMERS_ACTIVATIONS,

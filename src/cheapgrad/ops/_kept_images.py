@@ -83,10 +83,8 @@ class KeptExamples(AbstractKeptImages):
     sketches_rows = True
 
     def __init__(self, kept: tuple[Tensor, ...], shape: Sequence[int]) -> None:
-        sketched_KI, row_K = kept
-        pixels = math.prod(shape[2:])
+        sketched_KI, index_K = kept
         self._examples = as_images(sketched_KI, shape)
-        index_K = row_K.view(-1, pixels)[:, 0] // pixels
         self._selection = Selection(index_K, torch.ones_like(index_K), shape[0], may_repeat=True)
 
     def images(self) -> Tensor:

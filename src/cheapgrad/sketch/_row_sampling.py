@@ -47,10 +47,13 @@ class AbstractRowSampling(AbstractSampling):
         block = self.block_length(rows, operands.examples)
         return (scores if block == 1 else torch.linalg.vector_norm(scores.view(-1, block), dim=1)), block
 
+    def _select_blocks(self, operands: Operands, rows: int) -> tuple[Selection, int]:
+        scores, block = self._block_scores(operands, rows)
+        return self.design.draw(scores, self.kept_count(scores.shape[-1])), block
+
     def select(self, operands: Operands, rows: int) -> Selection:
         """Draw the rows to keep."""
-        scores, block = self._block_scores(operands, rows)
-        selection = self.design.draw(scores, self.kept_count(scores.shape[-1]))
+        selection, block = self._select_blocks(operands, rows)
         return selection if block == 1 else selection.expand_blocks(block)
 
     def draw(self, operands: Operands, memory: Any = None) -> DrawnRows:
@@ -59,19 +62,22 @@ class AbstractRowSampling(AbstractSampling):
         return DrawnRows(self.select(operands, cotangent_NO.shape[0]), cotangent_NO)
 
     def store(self, operands: Operands, memory: Any = None) -> tuple[Tensor, ...]:
-        """Keep the drawn rows of X, weighted, and their indices."""
+        """Keep the drawn rows of X, weighted, and the indices of their blocks."""
         matrix_NI = operands.stored_dense()
         if memory is not None:
             predicted_N = memory.predict(matrix_NI.shape[0], operands.examples, matrix_NI.device)
             operands = dataclasses.replace(operands, predicted_norm_N=predicted_N)
-        selection = self.select(operands, matrix_NI.shape[0])
-        return selection.apply(matrix_NI, 0), selection.index_K
+        blocks, block = self._select_blocks(operands, matrix_NI.shape[0])
+        selection = blocks if block == 1 else blocks.expand_blocks(block)
+        return selection.apply(matrix_NI, 0), blocks.index_K
 
     def restore(self, kept: tuple[Tensor, ...], rows: int, inputs: int, dtype: torch.dtype) -> StoredRows:
         """Return the kept rows as a stand-in for X."""
-        sketched_KI, index_K = kept
+        sketched_KI, index_B = kept
+        block = sketched_KI.shape[0] // max(index_B.shape[0], 1)
         # The weights are in the kept rows already.
-        return StoredRows(Selection(index_K, torch.ones_like(index_K), rows, may_repeat=True), sketched_KI)
+        selection = Selection(index_B, torch.ones_like(index_B), rows // max(block, 1), may_repeat=True)
+        return StoredRows(selection if block <= 1 else selection.expand_blocks(block), sketched_KI)
 
     def _variance(self, tensors: LayerTensors, moment: Moment) -> Variance:
         stored_QNI, cotangent_QNO = stacked(tensors)
@@ -89,20 +95,23 @@ class AbstractRowSampling(AbstractSampling):
         """Return the variance of dX, whose atoms lie in different rows and are orthogonal."""
         return self.design.variance(squared_norms, scores, count, orthogonal_sum(squared_norms))
 
-    def _kept_rows(self, shape: LayerShape) -> float:
+    def _kept_blocks(self, shape: LayerShape) -> tuple[float, int]:
+        """Return how many blocks are kept, and how many rows each has."""
         block = self.block_length(shape.rows, shape.examples)
         blocks = shape.rows // block
-        return block * self.design.expected_count(blocks, self.kept_count(blocks))
+        return self.design.expected_count(blocks, self.kept_count(blocks)), block
 
     def _flops(self, shape: LayerShape, moment: Moment) -> float:
-        kept = self._kept_rows(shape)
+        blocks, block = self._kept_blocks(shape)
+        kept = blocks * block
         rows_for_input = kept if moment is Moment.COTANGENT else shape.rows
         return 2.0 * (rows_for_input + kept) * shape.inputs * shape.outputs
 
     def _saved_bytes(self, shape: LayerShape, moment: Moment) -> float:
         if moment is Moment.COTANGENT:
             return dense_bytes(shape)
-        return self._kept_rows(shape) * (shape.inputs * shape.element_bytes + _INDEX_BYTES)
+        blocks, block = self._kept_blocks(shape)
+        return blocks * (block * shape.inputs * shape.element_bytes + _INDEX_BYTES)
 
 
 def _weight_atoms(stored_QNI: Tensor, cotangent_QNO: Tensor, block: int) -> tuple[Tensor, SquaredNormOfSum]:

@@ -35,9 +35,10 @@ def wrap(context: str, model: nn.Module) -> nn.Module:
 def averaged_gradient(model: nn.Module, wrapped: nn.Module, row: Row, share: float = 1.0) -> Tensor:
     """Return the weight gradient averaged over ranks, for `share` times the diagonal cotangent."""
     x, cotangent = problem(row, "cpu")
-    model[0].weight.grad = None
+    weight = model.get_parameter(row.layer.parameter)
+    weight.grad = None
     wrapped(x).backward(cotangent * share)
-    gradient = model[0].weight.grad
+    gradient = weight.grad
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient.clone()
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import cheapgrad
 from tests.convert.models import Conv1D
 
 # Rows, input features and output features alike.
@@ -33,6 +34,10 @@ class LayerCase:
             layer whose input is the identity is the cotangent of that operation's input.
         reference: a function with the operation's mean gradient, or None where that is the stock operation itself.
         family: operations that share their code, all but one of which run in few contexts only.
+        parameter: the parameter whose gradient is compared; that of a layer by default.
+        stock: for an operation that is called as a function, a module with PyTorch's own in its place; there is nothing
+            to convert then.
+        lacks: contexts that PyTorch itself cannot run the operation in, and why.
     """
 
     name: str
@@ -43,6 +48,14 @@ class LayerCase:
     after: Callable[[], nn.Module] | None = None
     reference: Callable[[Tensor], Tensor] | None = None
     family: str = ""
+    parameter: str = "0.weight"
+    stock: Callable[[], nn.Module] | None = None
+    lacks: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_one_layer(self) -> bool:
+        """Whether there is nothing but a layer whose input is the identity and whose cotangent is diagonal."""
+        return self.after is None and self.parameter == "0.weight"
 
     def model(self) -> nn.Sequential:
         """Return the stock layer, with the operation behind it, in a model of its own."""
@@ -56,15 +69,19 @@ class LayerCase:
     @property
     def pattern(self) -> str:
         """The name of what is converted."""
-        return "0" if self.after is None else "1*"
+        if self.after is not None:
+            return "1*"
+        return "0" if self.is_one_layer else "0*"
 
     def expected(self) -> Tensor:
         """Return the exact weight gradient as a matrix, in double precision."""
-        if self.after is None:
+        if self.is_one_layer:
             return torch.diag(1 + torch.arange(SIZE, dtype=torch.float64) / SIZE)
-        layer, after = self.model().double()
-        output = (self.reference or after)(layer(self.identity_input().double()))
-        (gradient,) = torch.autograd.grad(output, layer.weight, self.diagonal_cotangent().double())
+        model = self.model().double() if self.stock is None else nn.Sequential(self.stock()).double()
+        layer, *behind = model
+        output = (self.reference or nn.Sequential(*behind))(layer(self.identity_input().double()))
+        weight = model.get_parameter(self.parameter)
+        (gradient,) = torch.autograd.grad(output, weight, self.diagonal_cotangent().double())
         return self.matrix(gradient)
 
     def _arrange(self, matrix: Tensor) -> Tensor:
@@ -136,6 +153,106 @@ class LlamaRMSNorm(nn.Module):
         return self.weight * hidden_states.to(dtype)
 
 
+def _filled(module: nn.Module) -> nn.Module:
+    """Return the module with parameters that are the same whenever it is made."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            spread = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
+            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+class SelfAttention(nn.Module):
+    """PyTorch's attention module on one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(SIZE, 4, batch_first=True)
+
+    def forward(self, x):
+        """Return the mixed values."""
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Tokens(nn.Module):
+    """A table of tokens, read as rows of the identity; their sums, which are 1, lead a gradient to the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(SIZE, SIZE)
+
+    def forward(self, x):
+        """Return the rows of the table."""
+        return self.table(x.argmax(-1)) * x.sum(-1, keepdim=True)
+
+
+class OutputLayer(nn.Module):
+    """A layer whose logits go into a cross-entropy; the targets are the places of the identity's ones."""
+
+    def __init__(self, reduction, **options):
+        super().__init__()
+        self.head = nn.Parameter(torch.empty(SIZE, SIZE))
+        self.options = {"reduction": reduction, **options}
+
+    def forward(self, x):
+        """Return the loss, or the losses, times the input."""
+        loss = cheapgrad.linear_cross_entropy(x, self.head, x.argmax(-1), **self.options)
+        return x * (loss.unsqueeze(-1) if loss.dim() else loss)
+
+
+class OutputLayerApart(OutputLayer):
+    """The same by PyTorch's operations."""
+
+    def forward(self, x):
+        """Return the loss, or the losses, times the input."""
+        loss = nn.functional.cross_entropy(x @ self.head.mT, x.argmax(-1), reduction=self.options["reduction"])
+        return x * (loss.unsqueeze(-1) if loss.dim() else loss)
+
+
+class GatedFeedForward(nn.Module):
+    """The feed-forward of the Llama family."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(SIZE, SIZE, bias=False) for _ in range(3))
+        self.activation = nn.SiLU()
+
+    def forward(self, x):
+        """Return the gated values, projected."""
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+def _feed_forward() -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(SIZE), nn.Linear(SIZE, SIZE), nn.GELU(), nn.Linear(SIZE, SIZE))
+
+
+# Modules of several operations, or whose parameters have other names.
+COMPOSED = (
+    LayerCase("MultiheadAttention", lambda: _filled(SelfAttention()), (8, 4), parameter="0.attention.in_proj_weight"),
+    LayerCase("Embedding", lambda: _filled(Tokens()), (8, 4), parameter="0.table.weight"),
+    LayerCase("gated feed-forward", lambda: _filled(GatedFeedForward()), (8, 4), parameter="0.gate.weight"),
+    LayerCase("norm, Linear, GELU, Linear", lambda: _filled(_feed_forward()), (8, 4), parameter="0.1.weight"),
+)
+
+
+def _loss(name: str, reduction: str, **options: object) -> LayerCase:
+    return LayerCase(
+        f"linear_cross_entropy, {name}",
+        lambda: _filled(OutputLayer(reduction, **options)),
+        (SIZE,),
+        parameter="0.head",
+        stock=lambda: _filled(OutputLayerApart(reduction)),
+    )
+
+
+FUNCTIONS = (
+    _loss("mean", "mean"),
+    _loss("mean, drawn tokens", "mean", keep=0.5),
+    _loss("each loss, drawn tokens", "none", keep=0.5),
+    _loss("mean, logits computed again", "mean", recompute=True, keep=0.5),
+)
+
 DROPPED = 0.2
 # Of alpha dropout: what is put in the place of dropped entries, less the sign, and what everything is multiplied by.
 _ALPHA = 1.7580993408473766
@@ -145,20 +262,35 @@ _FACTOR = ((_ALPHA**2 * DROPPED + 1) * (1 - DROPPED)) ** -0.5
 def _behind_linear(
     family: str, after: Callable[[], nn.Module], reference: Callable[[Tensor], Tensor] | None = None
 ) -> LayerCase:
-    name = type(after()[0] if isinstance(after(), nn.Sequential) else after()).__name__
-    return LayerCase(name, LINEAR.build, (SIZE,), after=after, reference=reference, family=family)
+    return LayerCase(_name_of(after), LINEAR.build, (SIZE,), after=after, reference=reference, family=family)
 
 
-def _behind_convolution(family: str, axes: int, after: Callable[[], nn.Module]) -> LayerCase:
+def _name_of(after: Callable[[], nn.Module]) -> str:
+    module = after()
+    return type(module[0] if isinstance(module, nn.Sequential) else module).__name__
+
+
+def _behind_convolution(
+    family: str, axes: int, after: Callable[[], nn.Module], lacks: tuple[tuple[str, str], ...] = ()
+) -> LayerCase:
     stock, rows = ((nn.Conv1d, (8, 4)), (nn.Conv2d, (8, 2, 2)), (nn.Conv3d, (8, 4, 1, 1)))[axes - 1]
     return LayerCase(
-        type(after()).__name__,
+        _name_of(after),
         lambda: stock(SIZE, SIZE, 1, bias=False),
         rows,
         is_convolution=True,
         after=after,
         family=family,
+        lacks=lacks,
     )
+
+
+def _padded_maximum(padding: type[nn.Module]) -> nn.Sequential:
+    """Return a padding, and a maximum that makes it as small as before."""
+    axes = int(padding.__name__[-2])
+    kernel = {1: 3, 2: (3, 3), 3: (3, 1, 1)}[axes]
+    amount = {1: 1, 2: 1, 3: (0, 0, 0, 0, 1, 1)}[axes]
+    return nn.Sequential(padding(amount), (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[axes - 1](kernel, 1))
 
 
 # The first of each family stands for all where a run takes time.
@@ -210,8 +342,30 @@ BEHIND = (
         _behind_convolution("max-pooling", axes, lambda stock=stock: stock(3, 1, 1))
         for axes, stock in ((2, nn.MaxPool2d), (1, nn.MaxPool1d), (3, nn.MaxPool3d))
     ),
+    _behind_convolution("averages and padding", 2, lambda: nn.AvgPool2d(3, 1, 1)),
+    _behind_convolution("averages and padding", 1, lambda: nn.AvgPool1d(3, 1, 1)),
+    _behind_convolution(
+        "averages and padding",
+        3,
+        lambda: nn.AvgPool3d((3, 1, 1), 1, (1, 0, 0)),
+        lacks=(("autocast", "PyTorch has no `avg_pool3d` in bfloat16 on a CPU"),),
+    ),
+    *(
+        _behind_convolution("averages and padding", axes, lambda axes=axes, stock=stock: stock((4, 2, None)[axes - 1]))
+        for axes, stock in ((1, nn.AdaptiveAvgPool1d), (2, nn.AdaptiveAvgPool2d))
+    ),
+    _behind_convolution("averages and padding", 3, lambda: nn.AdaptiveAvgPool3d((4, None, None))),
+    *(
+        _behind_convolution("averages and padding", axes, lambda stock=stock: _padded_maximum(stock))
+        for axes, stock in (
+            (1, nn.ReflectionPad1d),
+            (2, nn.ReflectionPad2d),
+            (3, nn.ReflectionPad3d),
+            (1, nn.ReplicationPad1d),
+            (2, nn.ReplicationPad2d),
+            (3, nn.ReplicationPad3d),
+        )
+    ),
 )
 # Families whose gradient is exact: processes that draw nothing of their own have nothing to draw apart.
-EXACT = ("piecewise linear activations", "activations with slopes", "dropout", "max-pooling")
-# Families whose compiled code is like that of norms over features, or of activations.
-COMPILED_LIKE_OTHERS = ("root mean square norms", "recognised norms", "activations with slopes")
+EXACT = ("piecewise linear activations", "activations with slopes", "dropout", "max-pooling", "averages and padding")

@@ -22,6 +22,8 @@ Draw = Callable[[int], Tensor]
 def converted_model(row: Row, device: str) -> nn.Sequential:
     """Return the row's layer in a model of its own, converted."""
     model = row.layer.model().to(device)
+    if row.layer.stock is not None:
+        return model
     approximate(model, row.placement.rule(row.layer.pattern), skip_small=False)
     return model
 
@@ -34,14 +36,15 @@ def problem(row: Row, device: str) -> tuple[Tensor, Tensor]:
 def draws_of(row: Row, device: str, model: nn.Module, run: Callable[[Tensor], Tensor]) -> Draw:
     """Return a function that runs forward and backward `count` times and stacks the weight gradients."""
     x, cotangent = problem(row, device)
+    weight = model.get_parameter(row.layer.parameter)
 
     def draw(count: int) -> Tensor:
         gradients = []
         for _ in range(count):
-            model[0].weight.grad = None
+            weight.grad = None
             output = run(x)
             output.backward(cotangent.to(output.dtype))
-            gradients.append(model[0].weight.grad)
+            gradients.append(weight.grad)
         return torch.stack(gradients)
 
     return draw
@@ -85,7 +88,7 @@ def per_sample(row: Row, device: str) -> Draw:
 
     def draw(count: int) -> Tensor:
         copies = x.expand(count, *x.shape)
-        return vmap(grad(loss), in_dims=(None, 0), randomness="different")(parameters, copies)["0.weight"]
+        return vmap(grad(loss), in_dims=(None, 0), randomness="different")(parameters, copies)[row.layer.parameter]
 
     return draw
 

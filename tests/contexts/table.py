@@ -24,9 +24,10 @@ from cheapgrad.sketch import (
 )
 from tests.contexts.layers import (
     BEHIND,
-    COMPILED_LIKE_OTHERS,
+    COMPOSED,
     CONVOLUTION_2D,
     EXACT,
+    FUNCTIONS,
     LINEAR,
     OTHER_CONVOLUTIONS,
     SEQUENCE,
@@ -58,7 +59,17 @@ class Row:
     @property
     def name(self) -> str:
         """Layer and strategies."""
-        return f"{self.layer.name}: {self.placement.name}"
+        return f"{self.layer.name}: {self.strategies}"
+
+    @property
+    def strategies(self) -> str:
+        """The strategies as they are written in a rule; a function takes its options itself."""
+        return "options of its own" if self.layer.stock is not None else self.placement.name
+
+    @property
+    def draws(self) -> bool:
+        """Whether processes draw numbers of their own for it, beside the mask that a dropout draws as PyTorch does."""
+        return self.layer.family not in EXACT
 
 
 @dataclass(frozen=True)
@@ -70,18 +81,16 @@ class Context:
         title: what the table's head says.
         explanation: what is run.
         is_dear: whether it runs for representative rows only.
-        draws_apart: whether it is about what two processes draw.
     """
 
     key: str
     title: str
     explanation: str
     is_dear: bool = False
-    draws_apart: bool = False
 
     def covers(self, row: Row) -> bool:
         """Tell whether the row is tested in this context."""
-        if self.draws_apart and row.layer.family in EXACT:
+        if self.key in dict(row.layer.lacks):
             return False
         if row.is_like_another:
             return self.key in _FEW
@@ -163,11 +172,26 @@ ROWS += tuple(
     Row(
         case,
         _CODES,
-        is_representative=_FIRSTS[case.family] is case and case.family not in COMPILED_LIKE_OTHERS,
+        is_representative=_FIRSTS[case.family] is case,
         is_like_another=_FIRSTS[case.family] is not case,
     )
     for case in BEHIND
 )
+
+_BOTH = Placement(stored=StochasticRounding(4), cotangent=RowSample(0.5), selects=False)
+
+ROWS += tuple(
+    Row(case, placement, is_representative=placement == _BOTH)
+    for case in COMPOSED
+    for placement in (_CODES, _BOTH)
+    if case.name != "Embedding"
+)
+ROWS += tuple(
+    Row(case, Placement(cotangent=RowSample(0.5)), is_representative=True)
+    for case in COMPOSED
+    if case.name == "Embedding"
+)
+ROWS += tuple(Row(case, Placement(selects=False), is_representative=True) for case in FUNCTIONS)
 
 CONTEXTS: tuple[Context, ...] = (
     Context("eager", "eager", "plain `backward()`"),
@@ -180,8 +204,8 @@ CONTEXTS: tuple[Context, ...] = (
     Context("deepcopy", "deepcopy", "`copy.deepcopy` of the converted model"),
     Context("pickle", "pickle", "`pickle.loads(pickle.dumps(model))` of the converted model"),
     Context("state_dict", "state_dict", "state_dict to and from a plain model"),
-    Context("ddp", "DDP", "`DistributedDataParallel` on two gloo processes", is_dear=True, draws_apart=True),
-    Context("fsdp2", "FSDP2", "`fully_shard` on two gloo processes", is_dear=True, draws_apart=True),
+    Context("ddp", "DDP", "`DistributedDataParallel` on two gloo processes", is_dear=True),
+    Context("fsdp2", "FSDP2", "`fully_shard` on two gloo processes", is_dear=True),
 )
 
 REFUSALS: tuple[Refusal, ...] = (

@@ -7,7 +7,6 @@ from torch import nn
 
 from cheapgrad import errors
 from cheapgrad.convert.kinds import KINDS
-from tests.contexts.layers import COMPILED_LIKE_OTHERS, EXACT
 from tests.contexts.runners import RUNNERS
 from tests.contexts.table import CONTEXTS, REFUSALS, ROWS
 from tests.contexts.write_table import PAGE, render
@@ -22,20 +21,15 @@ def test_names_are_unique_and_every_context_has_a_runner():
     assert {context.key for context in CONTEXTS} - set(RUNNERS) == {"ddp", "fsdp2"}
 
 
-# Kinds whose contexts are tested in a file of their own.
-_ELSEWHERE = {"MultiheadAttention": "tests/ops/test_attention.py", "Embedding": "tests/ops/test_embedding.py"}
-
-
 def test_every_kind_of_layer_is_in_every_context():
     built = {type(module) for row in ROWS for module in row.layer.model().modules()}
     # Of other libraries' modules, which run the same code, there are no stock ones to build.
     kinds = [kind for kind in KINDS if hasattr(nn, kind.name)]
-    assert {kind.name for kind in kinds if not any(kind.accepts(cls) for cls in built)} == set(_ELSEWHERE)
+    assert [kind.name for kind in kinds if not any(kind.accepts(cls) for cls in built)] == []
     families = {row.layer.family or row.layer.name for row in ROWS}
     for context in CONTEXTS:
         covered = {row.layer.family or row.layer.name for row in ROWS if context.covers(row)}
-        left_out = set(EXACT if context.draws_apart else ()) | set(COMPILED_LIKE_OTHERS if context.is_dear else ())
-        assert covered == families - left_out, context.key
+        assert covered == families, context.key
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.situation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.contexts.table import CONTEXTS, REFUSALS, ROWS
+from tests.contexts.table import CONTEXTS, REFUSALS, ROWS, Row
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 
@@ -67,9 +67,20 @@ def _layer_lines() -> list[list[str]]:
 
 def _row_lines() -> list[list[str]]:
     return [
-        [row.layer.name, f"`{row.placement.name}`", *["✓" if context.covers(row) else "·" for context in CONTEXTS]]
+        [row.layer.name, _strategies(row), *["✓" if context.covers(row) else "·" for context in CONTEXTS]]
         for row in ROWS
     ]
+
+
+def _strategies(row: Row) -> str:
+    return f"`{row.strategies}`" if row.layer.stock is None else row.strategies
+
+
+def _lacks() -> list[str]:
+    """Return a line for every entry that PyTorch itself cannot run."""
+    titles = {context.key: context.title for context in CONTEXTS}
+    cases = dict.fromkeys(row.layer for row in ROWS)
+    return [f"- {case.name}, {titles[key]}: not run; {reason}." for case in cases for key, reason in case.lacks]
 
 
 def render() -> str:
@@ -86,7 +97,7 @@ def render() -> str:
             ["what is asked for", "error", "what to do"],
             [[refusal.situation, f"`{refusal.error}`", refusal.remedy] for refusal in REFUSALS],
         ),
-        _NOTES,
+        _NOTES + "\n".join([*_lacks(), ""]),
     ]
     return "\n".join(parts)
 

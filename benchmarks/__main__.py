@@ -66,6 +66,7 @@ def main() -> None:
         help="leave the C library's allocator as it is (default: freed memory stays with the process)",
     )
     parser.add_argument("--compiled", action="store_true", help="networks: measure compiled steps too (minutes)")
+    parser.add_argument("--network", action="append", default=[], help="networks: only those with this in their name")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="JSON lines are appended here")
     arguments = parser.parse_args()
@@ -105,7 +106,7 @@ def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]
     if name == "audit":
         return measure_audits()
     if name == "networks":
-        return measure_networks(rounds=arguments.rounds, compiled=arguments.compiled)
+        return measure_networks(rounds=arguments.rounds, compiled=arguments.compiled, names=arguments.network)
     if name == "published":
         return measure_published()
     if name == "codec":

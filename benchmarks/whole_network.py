@@ -10,7 +10,7 @@ import copy
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from cheapgrad.cost import measure_held_bytes, peak_memory
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 # What the kernel says of this process, where there is one that does.
 _STATUS = Path("/proc/self/status")
+_GRAPHS_PER_CODE = 128
+_LONGEST_MESSAGE = 160
 
 
 class Checkpointed(nn.Module):
@@ -75,7 +77,7 @@ class Method:
         if self.checkpoints:
             model.blocks = nn.Sequential(*[Checkpointed(block) for block in model.blocks])  # type: ignore[union-attr]
         if self.memory_budget is not None:
-            return torch.compile(model)  # type: ignore[return-value]
+            return _compile(model, self.memory_budget)
         return model
 
     @property
@@ -111,6 +113,22 @@ COMPILED = (
 )
 
 
+def _compile(model: nn.Module, budget: float) -> nn.Module:
+    """Return the compiled model; what its graphs keep for backward is at most `budget` times what they keep by default.
+
+    The backend is an object of this call, so that no other method's graphs are taken for this one's.
+    """
+
+    def backend(graph: Any, example_inputs: Any) -> Any:
+        import torch._functorch.config as functorch_config
+        from torch._inductor.compile_fx import compile_fx
+
+        with functorch_config.patch(activation_memory_budget=budget):  # type: ignore[attr-defined]
+            return compile_fx(graph, example_inputs)
+
+    return torch.compile(model, backend=backend, dynamic=False)  # type: ignore[return-value]
+
+
 def fused_loss_of(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     """Return the loss of a language model without its scores ever being held whole."""
     return model(inputs, labels)
@@ -122,45 +140,79 @@ def methods_for(network: Network, *, compiled: bool) -> tuple[Method, ...]:
     return (*EAGER, *fused, *(COMPILED if compiled else ()))
 
 
-def measure_networks(*, rounds: int, compiled: bool) -> Iterator[dict[str, Any]]:
-    """Yield one record per network and method.
+def measure_networks(*, rounds: int, compiled: bool, names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Yield one record per network and method; of a method that fails, what it said in the place of numbers.
 
     Args:
         rounds: interleaved rounds per timing.
         compiled: whether compiled steps are measured too; it takes minutes.
+        names: parts of the names of the networks to measure; all of them by default.
     """
-    for network in NETWORKS:
-        yield from _measure_network(network, methods_for(network, compiled=compiled), rounds)
+    import torch._dynamo.config as dynamo_config
+
+    chosen = [network for network in NETWORKS if not names or any(name in network.name for name in names)]
+    for network in chosen:
+        torch._dynamo.reset()
+        # Copies of one model share their code, and every compiled method adds graphs to it.
+        with dynamo_config.patch(recompile_limit=_GRAPHS_PER_CODE):  # type: ignore[attr-defined]
+            yield from _measure_network(network, methods_for(network, compiled=compiled), rounds)
+
+
+@dataclass
+class _Trial:
+    """One method on one network: its step, and what was measured or what it failed with."""
+
+    step: Callable[[], None] | None = None
+    held_bytes: int = 0
+    peak_bytes: int | None = None
+    process_peak_bytes: int | None = None
+    failure: str | None = None
+
+
+def _try_method(method: Method, network: Network, original: nn.Module, batch: tuple[Tensor, Tensor]) -> _Trial:
+    try:
+        step, held_bytes = _make_step(method, original, batch)
+        # The second step is like all that follow: what is kept may depend on what the first one showed.
+        step()
+        trial = _Trial(step, held_bytes())
+        step()
+        if method.memory_budget is None:
+            trial.peak_bytes = peak_memory(step).peak_bytes
+            trial.process_peak_bytes = _peak_of_process(network, method.name)
+    except Exception as error:
+        # Whatever it is: the rows of the other methods are still wanted.
+        lines = str(error).strip().splitlines() or [""]
+        return _Trial(failure=f"{type(error).__name__}: {lines[0][:_LONGEST_MESSAGE]}")
+    return trial
 
 
 def _measure_network(network: Network, methods: tuple[Method, ...], rounds: int) -> Iterator[dict[str, Any]]:
     original, batch = network.make(), network.make_batch()
-    steps: dict[str, Callable[[], object]] = {}
-    held: dict[str, int] = {}
-    peaks: dict[str, int] = {}
-    for method in track(methods, f"{network.name}: setting up", transient=True):
-        step, held_bytes = _make_step(method, original, batch)
-        # The second step is like all that follow: what is kept may depend on what the first one showed.
-        step()
-        held[method.name] = held_bytes()
-        peaks[method.name] = peak_memory(step).peak_bytes if method.memory_budget is None else 0
-        steps[method.name] = step
-    timings = time_interleaved(steps, reference=EXACT.name, rounds=rounds, label=network.name)
-    for method in methods:
-        name = method.name
-        is_target = "memory(4)" in name and not method.checkpoints and method.memory_budget is None
+    trials = {
+        method: _try_method(method, network, original, batch)
+        for method in track(methods, f"{network.name}: setting up", transient=True)
+    }
+    exact = trials[EXACT]
+    steps = {method.name: trial.step for method, trial in trials.items() if trial.step is not None}
+    timings = {}
+    if exact.step is not None:
+        timings = time_interleaved(steps, reference=EXACT.name, rounds=rounds, label=network.name)
+    for method, trial in trials.items():
+        timing = timings.get(method.name)
+        is_target = "memory(4)" in method.name and not method.checkpoints and method.memory_budget is None
         wanted = is_target and (method.fused_loss or "language" not in network.name)
         yield {
             "benchmark": "networks",
             "network": network.name,
-            "method": name,
-            "held_bytes": held[name],
-            "times_fewer": held[EXACT.name] / held[name],
+            "method": method.name,
+            "held_bytes": trial.held_bytes or None,
+            "times_fewer": exact.held_bytes / trial.held_bytes if trial.held_bytes else None,
             "target_times_fewer": network.target_ratio if wanted else None,
-            "peak_bytes": peaks[name] or None,
-            "process_peak_bytes": _peak_of_process(network, name) if method.memory_budget is None else None,
-            "relative_cost": timings[name].ratio,
-            "spread": timings[name].spread,
+            "peak_bytes": trial.peak_bytes,
+            "process_peak_bytes": trial.process_peak_bytes,
+            "relative_cost": timing.ratio if timing else None,
+            "spread": timing.spread if timing else None,
+            "failure": trial.failure,
         }
 
 
@@ -169,26 +221,15 @@ def _make_step(
 ) -> tuple[Callable[[], None], Callable[[], int]]:
     """Return a training step, and what measures the bytes that its forward pass holds."""
     model = method.prepare(original)
-    if method.memory_budget is not None:
-        torch._dynamo.reset()
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        with _budget(method):
-            method.loss(model, *batch).backward()
+        method.loss(model, *batch).backward()
 
     def held_bytes() -> int:
-        with _budget(method):
-            return measure_held_bytes(lambda: method.loss(model, *batch), exclude=[model, *batch]).total_bytes
+        return measure_held_bytes(lambda: method.loss(model, *batch), exclude=[model, *batch]).total_bytes
 
     return step, held_bytes
-
-
-def _budget(method: Method) -> Any:
-    import torch._functorch.config as functorch_config
-
-    budget = method.memory_budget if method.memory_budget is not None else 1.0
-    return functorch_config.patch(activation_memory_budget=budget)  # type: ignore[attr-defined]
 
 
 def _peak_of_process(network: Network, method: str) -> int:

@@ -26,6 +26,7 @@ from cheapgrad.errors import (
     RuleError,
     nearest_match,
 )
+from cheapgrad.ops.compiled import plan_text
 from cheapgrad.ops.plan import Plan, RootUse
 from cheapgrad.sketch import AbstractStrategy, ExampleSample, Moment
 
@@ -363,4 +364,5 @@ def _plan_for(decision: _Decision) -> Plan:
         decision.cotangent.new_memory() if decision.cotangent else None,
         recompute=recompute,
         root_use=RootUse() if recompute else None,
+        text=plan_text(decision.stored, decision.cotangent, recompute),
     )

@@ -25,6 +25,7 @@ from cheapgrad.errors import (
     nearest_match,
 )
 from cheapgrad.exactness import forced_exact
+from cheapgrad.ops.compiled import plan_text
 from cheapgrad.sketch import AbstractStrategy
 
 
@@ -119,7 +120,9 @@ class Handle:
                 raise PlacementError(f"layer {name!r} has {present[name]!r}, which {strategy!r} cannot stand in for")
         for name, strategy in strategies.items():
             conversion = layers[name]._cheapgrad
-            conversion.plan = dataclasses.replace(conversion.plan, cotangent=strategy)
+            plan = conversion.plan
+            text = plan_text(plan.stored, strategy, plan.recompute)
+            conversion.plan = dataclasses.replace(plan, cotangent=strategy, text=text)
         self._records = tuple(
             dataclasses.replace(record, cotangent=repr(strategies[record.name]))
             if record.name in strategies

@@ -16,9 +16,12 @@ from torch.nn import functional
 
 from cheapgrad.ops.chains.chain import Link, chain_of, held_root, let_rebuild, run_stage, settle
 from cheapgrad.ops.chains.joining import is_row_wise
+from cheapgrad.ops.chains.linear_stage import present
+from cheapgrad.ops.chains.operator import call, is_held_back
 from cheapgrad.ops.chains.producers import is_held_by_attention
 from cheapgrad.ops.chains.projection_stage import ProjectionStage, unpack
 from cheapgrad.ops.chains.rebuilding import current_scope
+from cheapgrad.ops.chains.tagging import Tag, may_tag
 from cheapgrad.ops.linear import cast_for_autocast, sketched_linear
 from cheapgrad.ops.plan import Plan
 
@@ -205,7 +208,9 @@ def _project(
     """Return ``x @ weight.T + bias`` in the order of `x`; for several parts as ``[parts, T, B, E]``."""
     if not is_row_wise(plan):
         return _project_alone(x, weight, bias, plan, options, is_flat=is_flat, parts=parts)
-    may_rebuild = plan.recompute and current_scope() is not None
+    if is_held_back(plan):
+        return call(x, (weight, bias), plan, "projection", options.batch_first, is_flat, parts)
+    may_rebuild = plan.recompute and (current_scope() is not None or may_tag())
     chain = chain_of(x)
     if chain is not None and any(link.stage.multiplies for link in chain.links) and chain.cotangent != plan.cotangent:
         chain = None
@@ -216,16 +221,26 @@ def _project(
         plan = dataclasses.replace(plan, stored=None)
     x, weight, bias = cast_for_autocast(x, weight, bias) if chain is None else (x, *cast_for_autocast(weight, bias))
     stage = ProjectionStage(plan.stored, is_flat, options.batch_first)
-    output = run_stage(x, stage, (weight, bias), plan.cotangent, chain)
+    root = held_root(chain) if chain is not None else x
+    may_be_tagged = may_rebuild and may_tag() and not is_flat and root is not None
+    output = run_stage(x, stage, (weight, bias), plan.cotangent, chain, Tag() if may_be_tagged else None)
     arranged = output if parts == 1 else unpack(_turn(output, options), parts)
     if may_rebuild and not is_flat:
         # The root of a chain of norms, or the input itself, is held by others or for all three projections.
         before = chain.links if chain is not None else ()
-        root = held_root(chain) if chain is not None else x
         again = dataclasses.replace(stage, stored=None, parts=parts, use=None if before else plan.root_use)
         if root is not None:
             let_rebuild(arranged, root, (*before, Link(again, (weight, bias), ())))
     return arranged
+
+
+def run_projection(
+    x: Tensor, parameters: tuple[Tensor | None, ...], plan: Plan, batch_first: bool, is_flat: bool, parts: int
+) -> Tensor:
+    """Return one or several projections of an input, as a layer of compiled graphs."""
+    weight, bias = parameters
+    options = AttentionOptions(heads=1, batch_first=batch_first)
+    return _project(x, present(weight), bias, plan, options, is_flat=is_flat, parts=parts)
 
 
 def _project_alone(

@@ -31,7 +31,7 @@ class _SketchedLinear(torch.autograd.Function):
         x, weight, _, plan, examples, *kept = inputs
         ctx.examples = examples
         save_operands(ctx, x, weight, plan, kept)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -135,7 +135,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     autograd function may not be overwritten, as an activation in place does.
     """
     output = torch.nn.functional.linear(x, weight, bias)
-    return output if torch.compiler.is_compiling() else torch.ops.aten._unsafe_view(output, output.shape)
+    return output if torch.compiler.is_dynamo_compiling() else torch.ops.aten._unsafe_view(output, output.shape)
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -35,6 +35,7 @@ class Plan:
         cotangent_memory: running estimates of `cotangent`, or None.
         recompute: whether what other operations keep of the output is computed again in backward.
         root_use: what is known of the use of the input, or None where nothing is recomputed.
+        text: the strategies as plain data, for compiled graphs, or empty.
     """
 
     stored: AbstractStrategy | None = None
@@ -43,6 +44,7 @@ class Plan:
     cotangent_memory: Any = field(default=None, compare=False, repr=False)
     recompute: bool = False
     root_use: RootUse | None = field(default=None, compare=False, repr=False)
+    text: str = field(default="", compare=False, repr=False)
 
     @property
     def is_exact(self) -> bool:

@@ -13,12 +13,12 @@ def is_transformed(tensor: Tensor) -> bool:
 
     Inside compiled graphs the answer is no: the question itself cannot be traced.
     """
-    return not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(tensor)
+    return not torch.compiler.is_dynamo_compiling() and _functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_inside_transform() -> bool:
     """Tell whether any ``torch.func`` transform is running, whatever tensors it wraps."""
-    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
+    return not torch.compiler.is_dynamo_compiling() and _functorch.peek_interpreter_stack() is not None
 
 
 def is_plain(tensor: Tensor) -> bool:

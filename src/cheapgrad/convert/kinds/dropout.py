@@ -44,7 +44,7 @@ def _run_dropout(module: Any, plan: Plan, x: Tensor) -> Tensor:
     dropping = Dropping(module.p)
     packed = dropping.draw(x)
     stage = DropoutStage(dropping, plan.stored)
-    return stage_in_chain(x, stage, (packed,), lambda: sketched_dropout(x, dropping, packed))
+    return stage_in_chain(x, stage, (packed,), plan)
 
 
 def _run_alpha_dropout(module: Any, plan: Plan, x: Tensor) -> Tensor:

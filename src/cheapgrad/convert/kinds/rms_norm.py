@@ -26,7 +26,7 @@ def _run_rms_norm(stock: Any, module: Any, plan: Plan, x: Tensor, form: RmsForm,
     stage = RmsNormStage(eps, x.shape[-1], form, plan.stored, plan.root_use)
     if plan.root_use is not None and plan.root_use.is_kept and current_scope() is not None:
         stage = dataclasses.replace(stage, stored=None)
-    return stage_in_chain(x, stage, (module.weight,), lambda: stock.forward(module, x))
+    return stage_in_chain(x, stage, (module.weight,), plan)
 
 
 def _run_torch(module: Any, plan: Plan, x: Tensor) -> Tensor:

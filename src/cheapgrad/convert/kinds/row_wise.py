@@ -17,7 +17,6 @@ from cheapgrad.ops.activations import (
     features_of,
     may_be_overwritten,
     overwriting_activation,
-    sketched_activation,
 )
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.chain import chain_of
@@ -46,7 +45,7 @@ def _run_layer_norm(module: Any, plan: Plan, x: Tensor) -> Tensor:
     stage = LayerNormStage(module.eps, module.normalized_shape[0], plan.stored, plan.root_use)
     if plan.root_use is not None and plan.root_use.is_kept and current_scope() is not None:
         stage = dataclasses.replace(stage, stored=None)
-    return stage_in_chain(x, stage, (module.weight, module.bias), lambda: nn.LayerNorm.forward(module, x))
+    return stage_in_chain(x, stage, (module.weight, module.bias), plan)
 
 
 def _run_activation(stock: type[nn.Module], activation_of: Callable[[Any], Activation]) -> Callable[..., Tensor]:
@@ -58,7 +57,7 @@ def _run_activation(stock: type[nn.Module], activation_of: Callable[[Any], Activ
                 return stock.forward(module, x)
             return overwriting_activation(x, activation, plan.stored)
         stage = ActivationStage(activation, plan.stored)
-        return stage_in_chain(x, stage, (), lambda: sketched_activation(x, activation, plan.stored))
+        return stage_in_chain(x, stage, (), plan)
 
     return run
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cheapgrad.convert.kinds.layer_kind import LayerKind
 from cheapgrad.convert.kinds.row_wise import activation_bytes, activation_shape, row_wise_kind
-from cheapgrad.ops.activations import Activation, sketched_activation
+from cheapgrad.ops.activations import Activation
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.joining import stage_in_chain
 from cheapgrad.ops.plan import Plan
@@ -40,7 +40,7 @@ def _run(activation: Activation, module: Any, plan: Plan, x: Tensor) -> Tensor:
     if not is_known:
         return module._cheapgrad.original_class.forward(module, x)
     stage = ActivationStage(activation, plan.stored)
-    return stage_in_chain(x, stage, (), lambda: sketched_activation(x, activation, plan.stored))
+    return stage_in_chain(x, stage, (), plan)
 
 
 def _kind(name: str, activation: Activation) -> LayerKind:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from cheapgrad.ops.activations import Activation, StoredDerivative, apply_derivative, store_derivative
+from cheapgrad.ops.activations import (
+    Activation,
+    StoredDerivative,
+    apply_derivative,
+    sketched_activation,
+    store_derivative,
+)
 from cheapgrad.ops.chains.stage import AbstractOpenedStage, AbstractStage, KeptRows, Rebuild
+from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import AbstractStrategy, StochasticRounding
 
 
@@ -32,6 +40,19 @@ class ActivationStage(AbstractStage):
     def of_output(cls, activation: Activation) -> ActivationStage:
         """Return the stage that starts a chain and holds what autograd holds: the output, where that is enough."""
         return cls(activation, keeps_output=activation.reads_output or activation.name == "relu")
+
+    @classmethod
+    def for_plan(cls, plan: Plan, name: str, options: list[tuple[str, Any]]) -> ActivationStage:
+        """Return the stage that keeps what a plan says."""
+        return cls(Activation(name, tuple((option, value) for option, value in options)), plan.stored)
+
+    def options(self) -> tuple[Any, ...]:
+        """Return name and arguments of `for_plan`."""
+        return "activation", self.activation.name, self.activation.options
+
+    def alone(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> Tensor:
+        """Return the output, holding the slope in bits."""
+        return sketched_activation(x, self.activation, self.stored)
 
     @property
     def rebuilds_output(self) -> bool:

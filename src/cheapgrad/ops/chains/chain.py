@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from cheapgrad.ops._guards import differentiate_once, refuse_forward_mode
 from cheapgrad.ops.chains.norm_stage import AbstractNormStage
 from cheapgrad.ops.chains.rebuilding import Source, current_scope
 from cheapgrad.ops.chains.stage import AbstractOpenedStage, AbstractStage, KeptRows
+from cheapgrad.ops.chains.tagging import Tag, may_tag, tagging
 from cheapgrad.ops.chains.watching import Watch, is_asked_for, is_observed
 from cheapgrad.sketch import AbstractStrategy, Moment, Operands
 from cheapgrad.sketch._row_sampling import AbstractRowSampling
@@ -35,12 +36,14 @@ class Link:
         parameters: its parameters.
         record: what backward needs of its input.
         encoded: the same with a smaller record, to be used as soon as nobody can ask for the chain's output again.
+        tag: lets a compiled graph compute the output again, or None.
     """
 
     stage: AbstractStage
     parameters: tuple[Tensor | None, ...]
     record: tuple[Tensor, ...]
     encoded: Link | None = None
+    tag: Tag | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class _ChainFunction(torch.autograd.Function):
         ctx.input_shapes = x.shape, root.shape
         ctx.input_dtypes = x.dtype, root.dtype
         ctx.save_for_backward(*tensors)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -262,9 +265,9 @@ def _holder_of(node: Any) -> _Holder | None:
 def chain_of(x: Tensor) -> Chain | None:
     """Return the chain that `x` is the output of, or None; an overwritten or observed tensor has none.
 
-    Compiled graphs have no chains: while they are traced nobody can tell whether a tensor was overwritten.
+    While a compiler only reads Python there are none: nobody can tell what a tensor was computed from.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return None
     holder = _holder_of(x.grad_fn)
     if holder is None or holder.chain is None or holder.chain.version != x._version or is_observed(x):
@@ -292,6 +295,13 @@ def settle(chain: Chain) -> Chain:
 
 def _settled(links: tuple[Link, ...]) -> tuple[Link, ...]:
     return tuple(link.encoded or link for link in links)
+
+
+def untag(chain: Chain) -> None:
+    """Let compiled graphs not compute the outputs inside a chain again: its backward pass needs none of them."""
+    for link in chain.links:
+        if link.tag is not None:
+            link.tag.take_off()
 
 
 def held_root(chain: Chain) -> Tensor | None:
@@ -339,11 +349,12 @@ def attach_chain(
     stage: AbstractStage,
     parameters: tuple[Tensor | None, ...],
     cotangent: AbstractStrategy | None,
+    tag: Tag | None = None,
 ) -> None:
-    """Say on a tensor that PyTorch computed that it is one stage away from `root`."""
-    if not torch.compiler.is_compiling():
+    """Say on a tensor that PyTorch computed, under a tag or none, that it is one stage away from `root`."""
+    if not torch.compiler.is_dynamo_compiling():
         held = output if stage.keeps_output else root
-        link = Link(stage, parameters, stage.record(held.detach(), parameters, is_rebuilt=False))
+        link = Link(stage, parameters, stage.record(held.detach(), parameters, is_rebuilt=False), tag=tag)
         _attach(output, Chain(stand_in(root), (link,), cotangent, output._version, origin=weakref.ref(root)))
 
 
@@ -365,6 +376,7 @@ def run_stage(
     parameters: tuple[Tensor | None, ...],
     cotangent: AbstractStrategy | None,
     chain: Chain | None,
+    tag: Tag | None = None,
 ) -> Tensor:
     """Return ``stage(x)``, whose backward pass goes through the whole chain that `x` is the output of.
 
@@ -374,12 +386,14 @@ def run_stage(
         parameters: its parameters.
         cotangent: strategy that draws rows of the chain's output, or None to leave it to the other stages.
         chain: the chain of `x`, or None to start one.
+        tag: put on what computes the output, or None; see `tagging`.
 
     Returns:
         Shape ``[..., O]``, bit-identical to PyTorch's.
     """
-    if chain is not None and chain.links[-1].stage.multiplies:
-        chain = settle(chain)
+    if chain is not None:
+        untag(chain)
+        chain = settle(chain) if chain.links[-1].stage.multiplies else chain
     links = chain.links if chain is not None else ()
     root = chain.root if chain is not None else stand_in(x)
     if cotangent is None and chain is not None:
@@ -389,7 +403,7 @@ def run_stage(
     value = x.detach()
     with torch.no_grad():
         record = stage.record(value, parameters, bool(links) and _rebuilds_for(links[-1], stage))
-    link = Link(stage, parameters, record)
+    link = Link(stage, parameters, record, tag=tag)
     # A product may be asked for again, and stores what it takes for that; nothing else does.
     stored = (*(links if stage.multiplies else _settled(links)), link)
     links = (*(_settled(links) if record and stage.stored is not None else links), link)
@@ -403,12 +417,14 @@ def run_stage(
     )
     tensors = [tensor for link in stored for tensor in link.parameters]
     tensors += [tensor for link in stored for tensor in link.record]
-    function = _ChainFunction if torch.compiler.is_compiling() else _EagerChainFunction
-    output = function.apply(x if is_linked else value, root, layout, *tensors)
-    if not torch.compiler.is_compiling():
+    function = _ChainFunction if torch.compiler.is_dynamo_compiling() else _EagerChainFunction
+    with tagging(tag):
+        output = function.apply(x if is_linked else value, root, layout, *tensors)
+    if not torch.compiler.is_dynamo_compiling():
         origin = chain.origin if chain is not None else weakref.ref(x)
         scope = current_scope()
-        kept = links if scope is None else _with_exact_root(links, value)
+        is_rebuilt = scope is not None or (stage.use is not None and may_tag())
+        kept = _with_exact_root(links, value) if is_rebuilt else links
         holder = _attach(output, Chain(root, kept, cotangent, output._version, passed, origin=origin))
         if scope is not None and holder is not None and any(link.encoded is not None for link in kept):
             scope.call_at_end(holder.settle)

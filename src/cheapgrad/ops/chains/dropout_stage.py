@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from cheapgrad.ops.chains.stage import AbstractOpenedStage, AbstractStage, KeptRows, Rebuild
-from cheapgrad.ops.dropout import Dropping
+from cheapgrad.ops.dropout import Dropping, sketched_dropout
+from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import AbstractStrategy
 
 
@@ -23,6 +25,19 @@ class DropoutStage(AbstractStage):
 
     dropping: Dropping
     stored: AbstractStrategy | None = None
+
+    @classmethod
+    def for_plan(cls, plan: Plan, p: float) -> DropoutStage:
+        """Return the stage that keeps what a plan says."""
+        return cls(Dropping(p), plan.stored)
+
+    def options(self) -> tuple[Any, ...]:
+        """Return name and arguments of `for_plan`."""
+        return "dropout", self.dropping.p
+
+    def alone(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> Tensor:
+        """Return the output, holding the mask in bits."""
+        return sketched_dropout(x, self.dropping, _mask_of(parameters))
 
     @property
     def rebuilds_output(self) -> bool:

@@ -96,7 +96,7 @@ def shows_saved_tensors() -> bool:
 
     A checkpoint that is not a reentrant one would run its block again for an answer.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return False
     scope = current_scope()
     hooks = (_autograd._top_saved_tensors_default_hooks(True), scope.outer_hooks if scope is not None else None)

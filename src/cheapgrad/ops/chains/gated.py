@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cheapgrad.ops.activations import StoredDerivative, apply_derivative
 from cheapgrad.ops.chains.activation_stage import ActivationStage
-from cheapgrad.ops.chains.chain import Chain, Link, chain_of_node, settle
+from cheapgrad.ops.chains.chain import Chain, Link, chain_of_node, settle, untag
 from cheapgrad.ops.chains.functional import read_activation, recognises, shows_saved_tensors
 from cheapgrad.ops.chains.gated_stage import GatedStage
 from cheapgrad.ops.chains.linear_stage import LinearStage
@@ -97,6 +97,8 @@ def _join(
     if stored is None and gate.slope_from is None:
         return None
     gate_link, up_link = of_gate.links[-1], of_up.links[-1]
+    untag(of_gate)
+    untag(of_up)
     # Both keep the same input; one that is frozen keeps nothing.
     keeper = gate_link if gate_link.record or not up_link.record else up_link
     if not isinstance(keeper.stage, LinearStage):

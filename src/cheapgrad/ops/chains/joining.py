@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor
 
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.chain import Chain, Link, attach_chain, chain_of, held_root, let_rebuild, run_stage, settle
+from cheapgrad.ops.chains.dropout_stage import DropoutStage
 from cheapgrad.ops.chains.functional import recognise_chain
 from cheapgrad.ops.chains.gated import recognise_gate
-from cheapgrad.ops.chains.linear_stage import LinearStage
+from cheapgrad.ops.chains.linear_stage import LinearStage, present
+from cheapgrad.ops.chains.norm_stage import LayerNormStage
+from cheapgrad.ops.chains.operator import call, is_held_back
 from cheapgrad.ops.chains.producers import is_held_by_attention
 from cheapgrad.ops.chains.rebuilding import current_scope
+from cheapgrad.ops.chains.rms_norm_stage import RmsNormStage
 from cheapgrad.ops.chains.stage import AbstractStage
+from cheapgrad.ops.chains.tagging import Tag, may_tag, tagging
 from cheapgrad.ops.linear import cast_for_autocast, sketched_linear
 from cheapgrad.ops.plan import Plan
 from cheapgrad.sketch import CotangentNorm, StochasticRounding, Uniform
@@ -44,40 +49,59 @@ def linear_in_chain(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, 
     """
     if not is_row_wise(plan):
         return _linear_alone(x, weight, bias, plan, is_flat)
-    if plan.stored is not None and is_held_by_attention(x):
+    if is_held_back(plan):
+        return call(x, (weight, bias), plan, "linear", is_flat)
+    is_attended = is_held_by_attention(x)
+    if plan.stored is not None and is_attended:
         # A second copy, in codes, would only cost time and noise.
         plan = dataclasses.replace(plan, stored=None)
     chain = chain_of(x) or recognise_chain(x, plan.stored) or recognise_gate(x, plan.stored)
-    may_rebuild = plan.recompute and current_scope() is not None
+    may_rebuild = plan.recompute and (current_scope() is not None or may_tag())
     if chain is not None and _shares_rows(chain, plan):
-        weight, bias = cast_for_autocast(weight, bias)
-        if not may_rebuild:
-            chain = settle(chain)
-        output = run_stage(x, LinearStage(plan.stored, is_flat), (weight, bias), plan.cotangent, chain)
-        rebuilt = chain_of(output)
-        root = held_root(rebuilt) if may_rebuild and rebuilt is not None else None
-        if rebuilt is not None and root is not None:
-            let_rebuild(output, root, rebuilt.links)
-        return output
+        return _join_chain(x, weight, bias, plan, is_flat, chain, may_rebuild)
+    may_rebuild = may_rebuild and weight.shape[0] >= weight.shape[1]
     if may_rebuild and plan.root_use is not None and plan.root_use.is_kept:
         plan = dataclasses.replace(plan, stored=None)
-    output = _start_chain(x, weight, bias, plan, is_flat)
-    if may_rebuild and output.numel() >= x.numel():
+    # What attention's own output is projected to is added to something, and nobody keeps it.
+    output = _start_chain(
+        x, weight, bias, plan, is_flat, Tag() if may_rebuild and may_tag() and not is_attended else None
+    )
+    if may_rebuild:
         # Queries, keys and values of one input need one tensor instead of three.
         root, *parameters = cast_for_autocast(x, weight, bias)
         let_rebuild(output, root, (Link(LinearStage(None, is_flat, plan.root_use), tuple(parameters), ()),))
     return output
 
 
-def _start_chain(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, is_flat: bool) -> Tensor:
+def _join_chain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, is_flat: bool, chain: Chain, may_rebuild: bool
+) -> Tensor:
+    weight, bias = cast_for_autocast(weight, bias)
+    if not may_rebuild:
+        chain = settle(chain)
+    may_be_tagged = may_rebuild and may_tag() and held_root(chain) is not None and not _multiplies(chain)
+    tag = Tag() if may_be_tagged else None
+    output = run_stage(x, LinearStage(plan.stored, is_flat), (weight, bias), plan.cotangent, chain, tag)
+    rebuilt = chain_of(output)
+    root = held_root(rebuilt) if may_rebuild and rebuilt is not None else None
+    if rebuilt is not None and root is not None:
+        let_rebuild(output, root, rebuilt.links)
+    return output
+
+
+def _multiplies(chain: Chain) -> bool:
+    return any(link.stage.multiplies for link in chain.links)
+
+
+def _start_chain(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, is_flat: bool, tag: Tag | None) -> Tensor:
     stage = LinearStage(plan.stored, is_flat)
     if plan.stored is not None:
         x, weight, bias = cast_for_autocast(x, weight, bias)
-        return run_stage(x, stage, (weight, bias), plan.cotangent, None)
-    output = _linear_alone(x, weight, bias, plan, is_flat)
-    if plan.stored is None:
-        x, weight, bias = cast_for_autocast(x, weight, bias)
-        attach_chain(output, x, stage, (weight, bias), plan.cotangent)
+        return run_stage(x, stage, (weight, bias), plan.cotangent, None, tag)
+    with tagging(tag):
+        output = _linear_alone(x, weight, bias, plan, is_flat)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
+    attach_chain(output, x, stage, (weight, bias), plan.cotangent, tag)
     return output
 
 
@@ -91,25 +115,45 @@ def _linear_alone(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, is
 
 def _shares_rows(chain: Chain, plan: Plan) -> bool:
     """Tell whether a linear layer may join: all linear layers of a chain draw alike."""
-    if not any(link.stage.multiplies for link in chain.links):
-        return True
-    return chain.cotangent == plan.cotangent
+    return not _multiplies(chain) or chain.cotangent == plan.cotangent
 
 
-def stage_in_chain(x: Tensor, stage: AbstractStage, parameters: tuple[Tensor | None, ...], stock: Any) -> Tensor:
-    """Return the output of a norm or an activation, which joins the chain of its input or starts one.
+def stage_in_chain(x: Tensor, stage: AbstractStage, parameters: tuple[Tensor | None, ...], plan: Plan) -> Tensor:
+    """Return the output of a norm, an activation or a dropout, which joins the chain of its input or starts one.
 
     Args:
         x: shape ``[..., I]``.
         stage: the operation.
         parameters: its parameters.
-        stock: computes the output on its own; used where there is nothing to join and nobody to join it.
+        plan: the strategies that the stage was made with.
     """
+    if is_held_back(plan):
+        return call(x, parameters, plan, *stage.options())
     chain = chain_of(x)
     if chain is not None or (stage.stored is not None and stage.rebuilds_output):
         return run_stage(x, stage, parameters, None, chain)
-    output = stock()
+    output = stage.alone(x, parameters)
     if stage.stored is None:
         start = ActivationStage.of_output(stage.activation) if isinstance(stage, ActivationStage) else stage
         attach_chain(output, x, start, parameters, None)
     return output
+
+
+def _run_linear(x: Tensor, parameters: tuple[Tensor | None, ...], plan: Plan, is_flat: bool) -> Tensor:
+    weight, bias = parameters
+    return linear_in_chain(x, present(weight), bias, plan, is_flat=is_flat)
+
+
+def _runs_stage(make: Callable[..., AbstractStage]) -> Callable[..., Tensor]:
+    """Return what runs the stage that ``make(plan, *options)`` returns."""
+    return lambda x, parameters, plan, *options: stage_in_chain(x, make(plan, *options), parameters, plan)
+
+
+#: What layers are called in compiled graphs, and what runs them there.
+LAYERS: dict[str, Callable[..., Tensor]] = {
+    "linear": _run_linear,
+    "layer_norm": _runs_stage(LayerNormStage.for_plan),
+    "rms_norm": _runs_stage(RmsNormStage.for_plan),
+    "activation": _runs_stage(ActivationStage.for_plan),
+    "dropout": _runs_stage(DropoutStage.for_plan),
+}

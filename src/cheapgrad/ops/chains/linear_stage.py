@@ -41,13 +41,13 @@ class LinearStage(AbstractStage):
         """Return ``x @ weight.T + bias``."""
         weight, bias = parameters
         if not self.is_flat:
-            return multiply(x, _present(weight), bias)
-        rows = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), _present(weight), bias)
+            return multiply(x, present(weight), bias)
+        rows = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), present(weight), bias)
         return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
 
     def record(self, x: Tensor, parameters: tuple[Tensor | None, ...], is_rebuilt: bool) -> tuple[Tensor, ...]:
         """Return X, or its codes; nothing where X is rebuilt or the weight is frozen."""
-        if is_rebuilt or not may_need_grad(_present(parameters[0])):
+        if is_rebuilt or not may_need_grad(present(parameters[0])):
             return ()
         if self.stored is None:
             return (x,)
@@ -61,7 +61,7 @@ class LinearStage(AbstractStage):
         rebuild: Rebuild | None,
     ) -> AbstractOpenedStage:
         """Return the stage, with a way to its input."""
-        return _OpenedLinear(_present(parameters[0]), rows, self.input_rows(record, parameters, rows, rebuild))
+        return _OpenedLinear(present(parameters[0]), rows, self.input_rows(record, parameters, rows, rebuild))
 
     def input_rows(
         self,
@@ -75,7 +75,7 @@ class LinearStage(AbstractStage):
             return rebuild
         if self.stored is None:
             return lambda: rows.take_visibly(record[0])
-        codec, weight_OI = self.stored, _present(parameters[0])
+        codec, weight_OI = self.stored, present(parameters[0])
         return lambda: rows.decode(codec, record, weight_OI.shape[1], weight_OI.dtype)
 
 
@@ -101,7 +101,8 @@ class _OpenedLinear(AbstractOpenedStage):
         return grad_input, (grad_weight, grad_bias)
 
 
-def _present(tensor: Tensor | None) -> Tensor:
+def present(tensor: Tensor | None) -> Tensor:
+    """Return a weight, which no linear stage is without."""
     if tensor is None:
         raise RuntimeError("a linear stage has a weight")
     return tensor

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cheapgrad.ops.chains.stage import AbstractOpenedStage, AbstractStage, KeptRows, Rebuild
-from cheapgrad.ops.plan import RootUse
+from cheapgrad.ops.plan import Plan, RootUse
 from cheapgrad.sketch import AbstractStrategy, DenseMatrix, Moment, Operands
 
 
@@ -36,6 +37,15 @@ class LayerNormStage(AbstractNormStage):
     features: int
     stored: AbstractStrategy | None = None
     use: RootUse | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def for_plan(cls, plan: Plan, eps: float, features: int) -> LayerNormStage:
+        """Return the stage that keeps what a plan says."""
+        return cls(eps, features, plan.stored, plan.root_use)
+
+    def options(self) -> tuple[Any, ...]:
+        """Return name and arguments of `for_plan`."""
+        return "layer_norm", self.eps, self.features
 
     @property
     def rebuilds_output(self) -> bool:

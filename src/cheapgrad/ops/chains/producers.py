@@ -24,7 +24,7 @@ _LONGEST_PATH = 4
 
 def is_held_by_attention(x: Tensor) -> bool:
     """Tell whether `x` is the output of an attention that keeps it for its own backward pass, or a view of it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return False
     node: Any = x.grad_fn
     for _ in range(_LONGEST_PATH):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cheapgrad.ops.chains.norm_stage import AbstractNormStage
 from cheapgrad.ops.chains.stage import AbstractOpenedStage, KeptRows, Rebuild
-from cheapgrad.ops.plan import RootUse
+from cheapgrad.ops.plan import Plan, RootUse
 from cheapgrad.sketch import AbstractStrategy, DenseMatrix, Moment, Operands
 
 
@@ -64,6 +65,15 @@ class RmsNormStage(AbstractNormStage):
     form: RmsForm = RmsForm.TORCH
     stored: AbstractStrategy | None = None
     use: RootUse | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def for_plan(cls, plan: Plan, eps: float | None, features: int, form: str) -> RmsNormStage:
+        """Return the stage that keeps what a plan says."""
+        return cls(eps, features, RmsForm(form), plan.stored, plan.root_use)
+
+    def options(self) -> tuple[Any, ...]:
+        """Return name and arguments of `for_plan`."""
+        return "rms_norm", self.eps, self.features, self.form.value
 
     @property
     def rebuilds_output(self) -> bool:

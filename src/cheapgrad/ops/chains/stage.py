@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,14 @@ class AbstractStage(abc.ABC):
     def multiplies(self) -> bool:
         """Whether its products cost enough for sampled rows to save time."""
         return False
+
+    def options(self) -> tuple[Any, ...]:
+        """Return name and options as plain data, from which compiled graphs make the stage again; see `operator`."""
+        raise RuntimeError("this stage is no layer of its own")
+
+    def alone(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> Tensor:
+        """Return the output with the backward pass that the stage has where nothing joins it, PyTorch's by default."""
+        return self.forward(x, parameters)
 
     @abc.abstractmethod
     def forward(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> Tensor:

@@ -76,6 +76,9 @@ def is_asked_for(watches: Sequence[Watch], node: Any) -> bool:
     """
     if any(watch.is_observed for watch in watches):
         return True
+    if torch.compiler.is_compiling():
+        # A traced backward pass gives the gradients of what goes into the graph, of which no chain is part.
+        return False
     return not _runs_to_leaves(node) and any(watch.may_be_an_answer() for watch in watches)
 
 

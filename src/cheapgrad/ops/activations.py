@@ -336,7 +336,7 @@ class _OverwritingActivation(_SketchedActivation):
 def may_be_overwritten(x: Tensor) -> bool:
     """Tell whether `overwriting_activation` can write over a tensor: an eager one that is neither a view nor a leaf."""
     return (
-        not torch.compiler.is_compiling()
+        not torch.compiler.is_dynamo_compiling()
         and not is_inside_transform()
         and x.requires_grad
         and not x.is_leaf

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from cheapgrad.ops.attention import run_projection
-from cheapgrad.ops.chains.joining import LAYERS
+from cheapgrad.ops.chains.joining import LAYERS, overwrite
 from cheapgrad.ops.chains.operator import define_operator, plan_text
 
-define_operator({**LAYERS, "projection": run_projection})
+define_operator({**LAYERS, "projection": run_projection}, overwrite)
 
 __all__ = ["plan_text"]

@@ -15,12 +15,9 @@ from cheapgrad.ops.activations import (
     Activation,
     derivative_saved_bytes,
     features_of,
-    may_be_overwritten,
-    overwriting_activation,
 )
 from cheapgrad.ops.chains.activation_stage import ActivationStage
-from cheapgrad.ops.chains.chain import chain_of
-from cheapgrad.ops.chains.joining import is_row_wise, stage_in_chain
+from cheapgrad.ops.chains.joining import is_row_wise, overwrite, stage_in_chain
 from cheapgrad.ops.chains.norm_stage import LayerNormStage
 from cheapgrad.ops.chains.rebuilding import current_scope
 from cheapgrad.ops.plan import Plan
@@ -52,10 +49,7 @@ def _run_activation(stock: type[nn.Module], activation_of: Callable[[Any], Activ
     def run(module: Any, plan: Plan, x: Tensor) -> Tensor:
         activation = activation_of(module)
         if getattr(module, "inplace", False):
-            # A chain passes through the stock module: the next linear layer recognises it.
-            if plan.stored is None or not x.numel() or chain_of(x) is not None or not may_be_overwritten(x):
-                return stock.forward(module, x)
-            return overwriting_activation(x, activation, plan.stored)
+            return overwrite(x, plan, activation.name, activation.options)
         stage = ActivationStage(activation, plan.stored)
         return stage_in_chain(x, stage, (), plan)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from cheapgrad.ops.activations import Activation, may_be_overwritten, overwriting_activation
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.chain import Chain, Link, attach_chain, chain_of, held_root, let_rebuild, run_stage, settle
 from cheapgrad.ops.chains.dropout_stage import DropoutStage
@@ -14,7 +17,7 @@ from cheapgrad.ops.chains.functional import recognise_chain
 from cheapgrad.ops.chains.gated import recognise_gate
 from cheapgrad.ops.chains.linear_stage import LinearStage, present
 from cheapgrad.ops.chains.norm_stage import LayerNormStage
-from cheapgrad.ops.chains.operator import call, is_held_back
+from cheapgrad.ops.chains.operator import call, call_in_place, is_held_back
 from cheapgrad.ops.chains.producers import is_held_by_attention
 from cheapgrad.ops.chains.rebuilding import current_scope
 from cheapgrad.ops.chains.rms_norm_stage import RmsNormStage
@@ -147,6 +150,23 @@ def _run_linear(x: Tensor, parameters: tuple[Tensor | None, ...], plan: Plan, is
 def _runs_stage(make: Callable[..., AbstractStage]) -> Callable[..., Tensor]:
     """Return what runs the stage that ``make(plan, *options)`` returns."""
     return lambda x, parameters, plan, *options: stage_in_chain(x, make(plan, *options), parameters, plan)
+
+
+def overwrite(x: Tensor, plan: Plan, name: str, options: Sequence[tuple[str, Any]]) -> Tensor:
+    """Write ``f(x)`` over `x` and return it, as modules with ``inplace=True`` do.
+
+    Args:
+        x: the input.
+        plan: the strategies.
+        name: of the activation.
+        options: its options.
+    """
+    if is_held_back(plan):
+        return call_in_place(x, plan, name, options)
+    # A chain passes through the stock operation: the next linear layer recognises it.
+    if plan.stored is None or not x.numel() or chain_of(x) is not None or not may_be_overwritten(x):
+        return getattr(torch.nn.functional, name)(x, **dict(options), inplace=True)
+    return overwriting_activation(x, Activation(name, tuple((option, value) for option, value in options)), plan.stored)
 
 
 #: What layers are called in compiled graphs, and what runs them there.

@@ -25,6 +25,7 @@ from cheapgrad.sketch.value import from_dict
 Body = Callable[..., Tensor]
 
 torch.library.define("cheapgrad::row_wise", "(Tensor x, Tensor?[] parameters, str layer, str plan) -> Tensor")
+torch.library.define("cheapgrad::row_wise_", "(Tensor(a!) x, str layer, str plan) -> Tensor(a!)")
 
 
 def plan_text(stored: AbstractStrategy | None, cotangent: AbstractStrategy | None, recompute: bool) -> str:
@@ -71,6 +72,11 @@ def call(x: Tensor, parameters: Sequence[Tensor | None], plan: Plan, *layer: Any
     return torch.ops.cheapgrad.row_wise(x, list(parameters), _as_text(layer), plan.text)
 
 
+def call_in_place(x: Tensor, plan: Plan, *layer: Any) -> Tensor:
+    """Put a layer that writes its output over its input into the graph; arguments as for `call`."""
+    return torch.ops.cheapgrad.row_wise_(x, _as_text(layer), plan.text)
+
+
 def _as_text(layer: tuple[Any, ...]) -> str:
     return json.dumps(layer)
 
@@ -79,15 +85,20 @@ def _as_text(layer: tuple[Any, ...]) -> str:
 _as_text._dynamo_marked_constant = True  # type: ignore[attr-defined] - a mark on a function
 
 
-def define_operator(bodies: dict[str, Body]) -> None:
+def define_operator(bodies: dict[str, Body], in_place: Body) -> None:
     """Say what the operator does; to be called once.
 
     Args:
         bodies: name of a layer -> what runs it.
+        in_place: runs an activation that writes over its input: ``(x, plan, *options) -> x``.
     """
 
     def run(x: Tensor, parameters: list[Tensor | None], layer: str, plan: str) -> Tensor:
         name, *options = json.loads(layer)
         return bodies[name](x, tuple(parameters), _read_plan(plan), *options)
 
+    def run_in_place(x: Tensor, layer: str, plan: str) -> Tensor:
+        return in_place(x, _read_plan(plan), *json.loads(layer))
+
     torch.library.impl("cheapgrad::row_wise", "CompositeImplicitAutograd")(run)
+    torch.library.impl("cheapgrad::row_wise_", "CompositeImplicitAutograd")(run_in_place)

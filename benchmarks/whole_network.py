@@ -91,9 +91,11 @@ EAGER = (
     EXACT,
     Method("checkpoint each block", checkpoints=True),
     Method("recipes.memory(4)", recipes.memory(4)),
+    Method("recipes.memory(4, fused)", recipes.memory(4, fused=True)),
     Method("recipes.memory(2)", recipes.memory(2)),
     Method("recipes.speed(.5)", recipes.speed(0.5)),
     Method("recipes.both(4, .5)", recipes.both(4, 0.5)),
+    Method("recipes.both(4, .5, fused)", recipes.both(4, 0.5, fused=True)),
     Method("recipes.both(4, .25)", recipes.both(4, 0.25)),
     Method("checkpoint + recipes.speed(.5)", recipes.speed(0.5), checkpoints=True),
     Method("checkpoint + recipes.memory(4)", recipes.memory(4), checkpoints=True),
@@ -102,6 +104,8 @@ FUSED = (
     Method("linear_cross_entropy", fused_loss=True),
     Method("recipes.memory(4) + linear_cross_entropy", recipes.memory(4), fused_loss=True),
     Method("recipes.both(4, .5) + linear_cross_entropy", recipes.both(4, 0.5), fused_loss=True),
+    Method("recipes.memory(4, fused) + linear_cross_entropy", recipes.memory(4, fused=True), fused_loss=True),
+    Method("recipes.both(4, .5, fused) + linear_cross_entropy", recipes.both(4, 0.5, fused=True), fused_loss=True),
 )
 COMPILED = (
     Method("compiled", memory_budget=1.0),

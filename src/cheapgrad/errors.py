@@ -235,6 +235,10 @@ class NoEffectWarning(UserWarning):
     """A call had no effect on the model, for the reasons listed."""
 
 
+class FusingWarning(UserWarning):
+    """Codecs were to be fused, and the compiler failed: they run one operation after the other."""
+
+
 def nearest_match(name: str, candidates: Iterable[str]) -> str:
     """Return a hint such as ``"; did you mean 'fc1'?"``, or an empty string when nothing is close.
 

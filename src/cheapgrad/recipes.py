@@ -10,7 +10,7 @@ from cheapgrad.convert import Rule
 from cheapgrad.sketch import RowSample, StochasticRounding
 
 
-def memory(bits: int = 4) -> tuple[Rule, ...]:
+def memory(bits: int = 4, *, fused: bool = False) -> tuple[Rule, ...]:
     """Return rules that hold fewer bytes for the backward pass.
 
     Whatever a backward pass is linear in is kept in `bits` bits, norms in two independent codes, branches and masks in
@@ -18,17 +18,19 @@ def memory(bits: int = 4) -> tuple[Rule, ...]:
 
     Args:
         bits: 2, 4 or 8 for each number that is rounded.
+        fused: compile what encodes and decodes, which takes seconds at the first step and a C++ compiler; see
+            `cheapgrad.sketch.StochasticRounding`.
 
     Returns:
         One rule for all modules.
 
     Raises:
-        BudgetError: if `bits` is something else.
+        BudgetError: if `bits` or `fused` is something else.
 
     >>> memory(bits=4)
     (Rule(pattern='*', stored=StochasticRounding(bits=4), cotangent=None, recompute=True),)
     """
-    return (Rule("*", stored=StochasticRounding(bits), recompute=True),)
+    return (Rule("*", stored=StochasticRounding(bits, fused=fused), recompute=True),)
 
 
 def speed(keep: float = 0.5) -> tuple[Rule, ...]:
@@ -53,12 +55,13 @@ def speed(keep: float = 0.5) -> tuple[Rule, ...]:
     return (Rule("*", cotangent=RowSample(keep)),)
 
 
-def both(bits: int = 4, keep: float = 0.5) -> tuple[Rule, ...]:
+def both(bits: int = 4, keep: float = 0.5, *, fused: bool = False) -> tuple[Rule, ...]:
     """Return rules that hold as little as `memory` and drop as many rows as `speed`.
 
     Args:
         bits: as for `memory`.
         keep: as for `speed`.
+        fused: as for `memory`.
 
     Returns:
         One rule for all modules.
@@ -69,4 +72,5 @@ def both(bits: int = 4, keep: float = 0.5) -> tuple[Rule, ...]:
     >>> both(bits=4, keep=0.5)
     (Rule(pattern='*', stored=StochasticRounding(bits=4), cotangent=RowSample(keep=0.5), recompute=True),)
     """
-    return (Rule("*", stored=StochasticRounding(bits), cotangent=RowSample(keep), recompute=True),)
+    codec = StochasticRounding(bits, fused=fused)
+    return (Rule("*", stored=codec, cotangent=RowSample(keep), recompute=True),)

@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from cheapgrad.cost import measure_held_bytes
 from cheapgrad.errors import PlacementError, UnknownNameError
-from cheapgrad.ops import activations
 from cheapgrad.ops.activations import (
     Activation,
     activation_names,
@@ -20,7 +19,7 @@ from cheapgrad.ops.activations import (
     sketched_activation,
     store_derivative,
 )
-from cheapgrad.sketch import RowSample, StochasticRounding
+from cheapgrad.sketch import RowSample, StochasticRounding, fusing
 from cheapgrad.sketch.fixed_range import FixedRange
 from tests.networks.blocks import composite_gelu
 from tests.ops.convolution_cases import assert_unbiased
@@ -255,7 +254,7 @@ def test_working_in_pieces_changes_nothing(activation, shape, monkeypatch):
     x, grad = inputs(*shape, dtype=torch.float32), inputs(*shape, dtype=torch.float32, seed=1)
     results = []
     for piece in (1 << 17, 500):
-        monkeypatch.setattr(activations, "_PIECE", piece)
+        monkeypatch.setattr(fusing, "_PIECE", piece)
         torch.manual_seed(0)
         results.append(gradients(x, activation, grad))
     assert torch.equal(results[0][1], results[1][1])

@@ -16,7 +16,7 @@ from cheapgrad.cost import measure_held_bytes
 from cheapgrad.errors import ForwardModeError, NoEffectWarning, SecondDerivativeError
 from cheapgrad.ops import _norm_codes, norms
 from cheapgrad.ops.norms import Normalisation, norm_variance, sketched_norm
-from cheapgrad.sketch import LowRank, RowSample, StochasticRounding, random
+from cheapgrad.sketch import LowRank, RowSample, StochasticRounding, fusing, random
 from tests.ops.convolution_cases import assert_unbiased
 from tests.oracles import rounding
 
@@ -258,7 +258,7 @@ def test_working_in_pieces_changes_no_mean(shape, monkeypatch):
     x, grad = torch.randn(shape), torch.randn(shape)
     results = []
     for piece in (1 << 17, 500):
-        monkeypatch.setattr(_norm_codes, "_PIECE", piece)
+        monkeypatch.setattr(fusing, "_PIECE", piece)
         monkeypatch.setattr(random, "uniform", lambda like, shape, **options: torch.full(tuple(shape), 0.3))
         leaf = x.clone().requires_grad_()
         weight = torch.ones(shape[1], requires_grad=True)

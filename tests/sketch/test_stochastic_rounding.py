@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cheapgrad.errors import BudgetError, PlacementError
-from cheapgrad.sketch import DenseMatrix, Moment, Operands, StochasticRounding, stochastic_rounding
+from cheapgrad.sketch import DenseMatrix, Moment, Operands, StochasticRounding, fusing
 from cheapgrad.sketch.bits import pack_bits, unpack_bits
 from cheapgrad.sketch.dither import draw_dither, van_der_corput
 from tests.oracles import rounding as oracle
@@ -197,7 +197,7 @@ def test_working_in_pieces_changes_nothing(shape, bits, monkeypatch):
     codec, matrix = StochasticRounding(bits=bits), _matrix(*shape, torch.float32)
     torch.manual_seed(0)
     whole = _store(codec, matrix)
-    monkeypatch.setattr(stochastic_rounding, "_CHUNK", 200)
+    monkeypatch.setattr(fusing, "_PIECE", 200)
     torch.manual_seed(0)
     for ours, expected in zip(_store(codec, matrix), whole, strict=True):
         assert torch.equal(ours, expected)

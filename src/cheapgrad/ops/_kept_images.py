@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cheapgrad.ops._convolution_geometry import Geometry, as_images
+from cheapgrad.ops._convolution_geometry import Geometry, as_images, as_matrix
 from cheapgrad.ops.plan import Plan, poison
-from cheapgrad.sketch import ExampleSample, FeatureSample, Selection
+from cheapgrad.sketch import AbstractStrategy, ExampleSample, FeatureSample, Selection, StochasticRounding
 from cheapgrad.sketch.operands import AbstractStoredMatrix
 
 
@@ -77,6 +77,27 @@ class StandInImages(AbstractKeptImages):
         return as_images(self._matrix.rows(rows.flatten()), self._shape)
 
 
+class RoundedImages(AbstractKeptImages):
+    """Codes of images in memory order, whose decoded stand-in lies in memory as the images did."""
+
+    def __init__(self, matrix: AbstractStoredMatrix, kept: tuple[Tensor, ...], shape: Sequence[int]) -> None:
+        self._matrix = matrix
+        self._kept = kept
+        self._shape = tuple(shape)
+
+    def images(self) -> Tensor:
+        """Return the stand-in."""
+        return self._matrix.dense().view(self._shape)
+
+    def poison(self) -> Tensor:
+        """Return NaN if a group is not finite."""
+        return torch.stack([poison(tensor) for tensor in self._kept]).sum()
+
+    def examples(self, index_K: Tensor) -> Tensor:
+        """Return examples of the stand-in, decoding only those where they are whole groups."""
+        return self._matrix.rows(index_K).view(-1, *self._shape[1:])
+
+
 class KeptExamples(AbstractKeptImages):
     """A few examples, weighted to stand for all: dW needs the cotangent of those only."""
 
@@ -131,11 +152,48 @@ class KeptChannels(AbstractKeptImages):
         return self._selection.lift(geometry.weight_gradient(self._channels, grad, kept_shape), axis)
 
 
+def is_rounded_in_place(strategy: AbstractStrategy | None, images: Tensor) -> bool:
+    """Tell whether images are encoded in memory order; those with channels last are a matrix of pixels as they lie."""
+    return isinstance(strategy, StochasticRounding) and images.is_contiguous()
+
+
+def keep_images(plan: Plan, images: Tensor) -> tuple[Tensor, ...]:
+    """Return what is kept of images ``[B, I, ...]``, as plain tensors."""
+    if isinstance(plan.stored, StochasticRounding) and is_rounded_in_place(plan.stored, images):
+        with torch.no_grad():
+            return plan.stored.store_images(images.detach())
+    return plan.keep(as_matrix(images), images.shape[0])
+
+
+def entry_variance_of(codec: StochasticRounding, images: Tensor) -> Tensor:
+    """Return the variance of every entry's stand-in, in the shape of the images."""
+    if is_rounded_in_place(codec, images):
+        return codec.entry_variance(images.flatten(1)).view(images.shape)
+    return as_images(codec.entry_variance(as_matrix(images)), images.shape)
+
+
 def restore_images(
-    plan: Plan, kept: tuple[Tensor, ...], geometry: Geometry, shape: Sequence[int], dtype: torch.dtype
+    plan: Plan,
+    kept: tuple[Tensor, ...],
+    geometry: Geometry,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    in_place: bool,
 ) -> AbstractKeptImages:
-    """Return kept tensors as the cheapest stand-in for the input of the given shape."""
+    """Return kept tensors as the cheapest stand-in for the input of the given shape.
+
+    Args:
+        plan: the strategies.
+        kept: what `keep_images` returned.
+        geometry: the convolution.
+        shape: of the input.
+        dtype: of the stand-in.
+        in_place: what `is_rounded_in_place` said of the input.
+    """
     strategy = plan.stored
+    if in_place:
+        return RoundedImages(plan.restore(kept, shape[0], math.prod(shape[1:]), dtype), kept, shape)
     if strategy is None:
         return WholeImages(kept[0])
     if isinstance(strategy, ExampleSample):

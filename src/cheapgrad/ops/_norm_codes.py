@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cheapgrad.sketch import DenseMatrix, Moment, Operands, StochasticRounding
-from cheapgrad.sketch.transforms import is_transformed
+from cheapgrad.sketch._codes import decode_groups, encode_groups, encode_groups_twice
+from cheapgrad.sketch.dither import draw_dither
+from cheapgrad.sketch.fusing import work_by_rows
 
 # Bits of the second code, which is only ever averaged over all entries that are normalised together.
 _SECOND_BITS = 2
 # Tensors that make up a code.
 _PARTS = 2
-# Entries worked on at a time on a CPU, so that what lies between two steps stays in the processor's cache.
-_PIECE = 1 << 17
 
 
 def second_codec(codec: StochasticRounding) -> StochasticRounding:
@@ -53,13 +53,36 @@ def encode_normalised(
     """
     rows, columns = matrix_sizes(x.shape)
     x_NI, centre_NI, scale_NI = x.reshape(rows, columns), centre_BC.reshape(rows, -1), scale_BC.reshape(rows, -1)
-    codecs = (codec, second_codec(codec)) if twice else (codec,)
-    pieces = []
-    for piece in _pieces(x, codec.group):
-        matrix = torch.sub(x_NI[piece].to(scale_NI.dtype), centre_NI[piece]) * scale_NI[piece]
-        operands = Operands(Moment.STORED, DenseMatrix(matrix))
-        pieces.append([tensor for each in codecs for tensor in each.store(operands)])
-    return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*pieces, strict=True))
+    if columns % codec.group:
+        matrix_NI = _normalise(x_NI, centre_NI, scale_NI)
+        if twice:
+            return codec.store_twice(matrix_NI, second_codec(codec).bits)
+        return codec.store(Operands(Moment.STORED, DenseMatrix(matrix_NI)))
+    dithers = [draw_dither(x_NI, rows, columns, codec.group) for _ in range(2 if twice else 1)]
+    groups = [_as_groups(tensor, columns, codec.group) for tensor in (x_NI, centre_NI, scale_NI)]
+    draws = [dither.draws.view(rows, columns // codec.group, 1) for dither in dithers]
+    options = {"bits": codec.bits, "second_bits": second_codec(codec).bits}
+    return work_by_rows(_encode, (*groups, *draws), (dithers[0].shifts,), fused=codec.fused, **options)
+
+
+def _normalise(x: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
+    return (x.to(scale.dtype) - centre) * scale
+
+
+def _as_groups(matrix: Tensor, columns: int, group: int) -> Tensor:
+    """Return ``[N, groups, group]``, or ``[N, 1, 1]`` of what is one number for a row."""
+    rows, width = matrix.shape
+    return matrix.view(rows, columns // group, group) if width == columns > 1 else matrix.view(rows, 1, 1)
+
+
+def _encode(
+    x: Tensor, centre: Tensor, scale: Tensor, *draws_and_shifts: Tensor, bits: int, second_bits: int
+) -> tuple[Tensor, ...]:
+    """Return codes of groups in rows, each tensor ``[N, groups, ...]``."""
+    x_hat, (draws, *second, shifts) = _normalise(x, centre, scale), draws_and_shifts
+    if not second:
+        return encode_groups(x_hat, draws, shifts, bits=bits)
+    return encode_groups_twice(x_hat, draws, second[0], shifts, bits=bits, second_bits=second_bits)
 
 
 @dataclass(frozen=True)
@@ -84,65 +107,77 @@ class NormCodes:
         Args:
             grad: ``[B, C, ...]``.
         """
-        grad_NI = self._as_rows(grad)
-        first, second = self.codes[:_PARTS], self.codes[_PARTS:]
-
-        def sums(piece: slice) -> tuple[Tensor, ...]:
-            part = self._pixels(grad_NI[piece].to(self.dtype))
-            products = (self._pixels(self._decode(code, codec, piece)) * part for code, codec in with_codecs)
-            return part.sum(1), *(product.sum(1) for product in products)
-
-        with_codecs = [(first, self.codec)] + ([(second, second_codec(self.codec))] if second else [])
-        joined = _join(sums, _pieces(grad, self.codec.group))
-        return joined[0], joined[1], joined[-1]
+        rows, _ = matrix_sizes(self.shape)
+        parts = (self._cut(grad.reshape(rows, -1)), *self._parts())
+        is_matrix = len(self.shape) == 2
+        options = self._options | {"second_bits": second_codec(self.codec).bits, "is_matrix": is_matrix}
+        sums = work_by_rows(_sum_products, parts, fused=self.codec.fused, **options)
+        return sums[0], sums[1], sums[-1]
 
     def combine(self, grad: Tensor, *, of_grad: Tensor, of_code: Tensor, constant: Tensor) -> Tensor:
         """Return ``of_grad * grad + of_code * first code + constant``; the factors are ``[B, C]``."""
-        grad_NI = self._as_rows(grad)
-        factors = [factor.reshape(grad_NI.shape[0], -1) for factor in (of_grad, of_code, constant)]
+        rows, _ = matrix_sizes(self.shape)
+        grad_and_factors = [self._cut(tensor.reshape(rows, -1)) for tensor in (grad, of_grad, of_code, constant)]
+        parts = (*grad_and_factors, *self._parts()[:_PARTS])
+        return work_by_rows(_combine, parts, fused=self.codec.fused, **self._options)[0].view(self.shape)
 
-        result = torch.empty_like(grad_NI, dtype=self.dtype)
-        for piece in _pieces(grad, self.codec.group):
-            code = self._decode(self.codes[:_PARTS], self.codec, piece)
-            if piece == slice(None):
-                # Not in place: under vmap the code may have an axis that the cotangent does not have.
-                result = torch.addcmul(grad_NI * factors[0], code, factors[1]) + factors[2]
-            else:
-                part = torch.mul(grad_NI[piece], factors[0][piece], out=result[piece])
-                part.addcmul_(code, factors[1][piece]).add_(factors[2][piece])
-        return result.view(self.shape)
+    @property
+    def _is_in_groups(self) -> bool:
+        return matrix_sizes(self.shape)[1] % self.codec.group == 0
 
-    def _as_rows(self, image: Tensor) -> Tensor:
-        return image.reshape(matrix_sizes(self.shape))
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"bits": self.codec.bits, "is_in_groups": self._is_in_groups, "dtype": self.dtype}
 
-    def _pixels(self, matrix: Tensor) -> Tensor:
-        """Return rows of the matrix as ``[pairs of example and channel, pixels]``."""
-        return matrix.reshape(-1, 1) if len(self.shape) == 2 else matrix
+    def _cut(self, matrix: Tensor) -> Tensor:
+        columns = matrix_sizes(self.shape)[1]
+        return _as_groups(matrix, columns, self.codec.group if self._is_in_groups else columns)
 
-    def _decode(self, code: tuple[Tensor, ...], codec: StochasticRounding, piece: slice) -> Tensor:
+    def _parts(self) -> tuple[Tensor, ...]:
+        """Return the codes' tensors by rows, ``[N, groups, ...]``; decoded where rows are no whole groups."""
         rows, columns = matrix_sizes(self.shape)
-        if piece != slice(None):
-            packed, scales = code
-            groups = scales.shape[0] // packed.shape[0]
-            first, last = (-(-row * columns // codec.group) for row in (piece.start, piece.stop))
-            code = packed[first // groups : -(-last // groups)], scales[first:last]
-            rows = piece.stop - piece.start
-        return codec.restore(code, rows, columns, self.dtype).dense()
+        if self._is_in_groups:
+            return tuple(tensor.reshape(rows, columns // self.codec.group, -1) for tensor in self.codes)
+        codes = (self.codes[:_PARTS], self.codec), (self.codes[_PARTS:], second_codec(self.codec))
+        decoded = [codec.restore(code, rows, columns, self.dtype).dense() for code, codec in codes if code]
+        # A second tensor, empty, in the place of the scales.
+        return tuple(part for dense in decoded for part in (self._cut(dense), dense[:, :0].unsqueeze(2)))
 
 
-def _pieces(image: Tensor, group: int) -> Iterator[slice]:
-    """Yield slices of rows that hold whole groups each; all rows at once where pieces save nothing or cannot be cut."""
-    rows, columns = matrix_sizes(image.shape)
-    unit = group // math.gcd(columns, group)
-    piece = max(1, _PIECE // max(1, columns * unit)) * unit
-    may_be_cut = not torch.compiler.is_compiling() and type(image) is Tensor and image.device.type == "cpu"
-    if rows <= piece or not may_be_cut or is_transformed(image):
-        yield slice(None)
-        return
-    for start in range(0, rows, piece):
-        yield slice(start, min(rows, start + piece))
+def _decode(packed: Tensor, scales: Tensor, bits: int, is_in_groups: bool, dtype: torch.dtype) -> Tensor:
+    return decode_groups(packed, scales, bits=bits, dtype=dtype)[0] if is_in_groups else packed
 
 
-def _join(work: Callable[[slice], tuple[Tensor, ...]], pieces: Iterator[slice]) -> tuple[Tensor, ...]:
-    results = [work(piece) for piece in pieces]
-    return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*results, strict=True))
+def _sum_products(
+    grad: Tensor,
+    *codes: Tensor,
+    bits: int,
+    second_bits: int,
+    is_in_groups: bool,
+    dtype: torch.dtype,
+    is_matrix: bool,
+) -> tuple[Tensor, ...]:
+    """Return, for each row, the sums of grad and of grad times each code; the entries themselves for a matrix."""
+    grad = grad.to(dtype)
+    terms = [grad]
+    for place, width in zip(range(0, len(codes), _PARTS), (bits, second_bits), strict=False):
+        code = _decode(codes[place], codes[place + 1], width, is_in_groups, dtype)
+        # Not in place: under vmap the code may have an axis that the cotangent does not have.
+        terms.append(code * grad)
+    return tuple(term.flatten(1) if is_matrix else term.sum((1, 2)) for term in terms)
+
+
+def _combine(
+    grad: Tensor,
+    of_grad: Tensor,
+    of_code: Tensor,
+    constant: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    *,
+    bits: int,
+    is_in_groups: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor]:
+    code = _decode(packed, scales, bits, is_in_groups, dtype)
+    return (torch.addcmul(grad.to(dtype) * of_grad, code, of_code) + constant,)

@@ -14,12 +14,10 @@ from cheapgrad.ops._activation_table import PIECEWISE_LINEAR, SMOOTH, PiecewiseL
 from cheapgrad.ops._guards import differentiate_once, refuse_forward_mode
 from cheapgrad.ops.linear import may_need_grad
 from cheapgrad.sketch import AbstractStrategy, StochasticRounding, random
-from cheapgrad.sketch.bits import pack_bits, unpack_bits
+from cheapgrad.sketch.bits import pack_bits, unpack_bits, unpack_flags
 from cheapgrad.sketch.fixed_range import FixedRange, Grid
-from cheapgrad.sketch.transforms import is_inside_transform, is_transformed
-
-# Entries worked on at a time on a CPU, so that what lies between two steps stays in the processor's cache.
-_PIECE = 1 << 19
+from cheapgrad.sketch.fusing import work_by_rows
+from cheapgrad.sketch.transforms import is_inside_transform
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,7 @@ class StoredDerivative:
         rows: N.
         features: I.
         tensors: the plain tensors to save.
+        fused: whether passes over the entries are compiled.
     """
 
     activation: Activation
@@ -134,6 +133,7 @@ class StoredDerivative:
     rows: int
     features: int
     tensors: tuple[Tensor, ...]
+    fused: bool = False
 
     def holding(self, tensors: tuple[Tensor, ...]) -> StoredDerivative:
         """Return the same with other tensors, as autograd hands them back."""
@@ -167,22 +167,25 @@ def store_derivative(
             f"{strategy!r} cannot store the slope of {activation.name}: only StochasticRounding(bits) can; sample rows "
             "in the layers around it"
         )
+    fused = strategy is not None and strategy.fused
     with torch.no_grad():
         x_NI, y_NI = (tensor.detach().reshape(rows, columns) for tensor in (x, y))
         if activation.slope_kind == "piecewise linear":
-            packed = _in_pieces(lambda part: (_packed_branch(activation, x_NI[part]),), x_NI, 1)
-            return StoredDerivative(activation, 1, rows, columns, packed)
+            packed = work_by_rows(_pack_branch, (x_NI,), fused=fused, activation=activation)
+            return StoredDerivative(activation, 1, rows, columns, packed, fused)
         if strategy is None:
             return StoredDerivative(activation, None, rows, columns, (y if activation.reads_output else x,))
-        codec = activation.codec(strategy.bits)
+        codec, source_NI = activation.codec(strategy.bits), y_NI if activation.reads_output else x_NI
         dither = codec.draw(x_NI, rows, columns)
-
-        def encode(part: slice) -> tuple[Tensor, ...]:
-            wide_x, wide_y = (_wide(tensor[part]) for tensor in (x_NI, y_NI))
-            return codec.encode(activation.derivative(wide_x, wide_y), dither, part.start or 0)
-
-        tensors = _in_pieces(encode, x_NI, codec.rows_per_piece(columns, 1))
-    return StoredDerivative(activation, strategy.bits, rows, columns, tensors)
+        tensors = work_by_rows(
+            _encode_slope,
+            (codec.blocks(source_NI), dither.draws),
+            (dither.shifts,),
+            fused=fused,
+            activation=activation,
+            bits=strategy.bits,
+        )
+    return StoredDerivative(activation, strategy.bits, rows, columns, tensors, fused)
 
 
 def apply_derivative(stored: StoredDerivative, grad: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -202,42 +205,42 @@ def apply_derivative(stored: StoredDerivative, grad: Tensor, rows: Tensor | None
         if rows is not None:
             kept = tuple(tensor.index_select(0, rows) for tensor in kept)
 
-        def pull_back(part: slice) -> tuple[Tensor, ...]:
-            return (_pull_back(stored, grad_KI[part], tuple(tensor[part] for tensor in kept)),)
-
-        return _in_pieces(pull_back, grad_KI, 1)[0].view(grad.shape)
-
-
-def _pull_back(stored: StoredDerivative, grad_KI: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-    activation = stored.activation
-    if stored.bits is None:
-        return activation.backward(grad_KI, kept[0], kept[0])
-    if stored.bits == 1:
-        return activation.pull_back_branch(grad_KI, unpack_bits(kept[0], 1, stored.features).to(grad_KI.dtype))
-    slope_KI = activation.codec(stored.bits).decode(kept[0], kept[1], stored.features, grad_KI.dtype)
-    return torch.mul(slope_KI, grad_KI).to(grad_KI.dtype)
+        if stored.bits is None:
+            return stored.activation.backward(grad_KI, kept[0], kept[0]).view(grad.shape)
+        pull_back = _pull_back_branch if stored.bits == 1 else _pull_back_slope
+        options: dict[str, Any] = {"activation": stored.activation}
+        if stored.bits > 1:
+            options["bits"] = stored.bits
+        return work_by_rows(pull_back, (grad_KI, *kept), fused=stored.fused, **options)[0].view(grad.shape)
 
 
-def _packed_branch(activation: Activation, x_NI: Tensor) -> Tensor:
+def _encode_slope(
+    source: Tensor, draws: Tensor, shifts: Tensor, *, activation: Activation, bits: int
+) -> tuple[Tensor, ...]:
+    """Return codes of ``f'(x)``, given x or, where the slope is read from it, the output in blocks."""
+    wide = _wide(source)
+    return activation.codec(bits).encode(activation.derivative(wide, wide), draws, shifts)
+
+
+def _pull_back_slope(
+    grad_KI: Tensor, packed: Tensor, flags: Tensor, *, activation: Activation, bits: int
+) -> tuple[Tensor]:
+    codec = activation.codec(bits)
+    slope = codec.decode(packed, flags, grad_KI.shape[1], grad_KI.dtype)
+    return (torch.mul(slope, codec.blocks(grad_KI)).to(grad_KI.dtype).reshape(grad_KI.shape),)
+
+
+def _pack_branch(x_NI: Tensor, *, activation: Activation) -> tuple[Tensor]:
     # By way of signed bytes: conversion to them is done many at a time.
-    return pack_bits(activation.branch(x_NI).to(torch.int8).view(torch.uint8), 1)
+    return (pack_bits(activation.branch(x_NI).to(torch.int8).view(torch.uint8), 1),)
 
 
-def _in_pieces(work: Any, matrix_NI: Tensor, unit: int) -> tuple[Tensor, ...]:
-    """Return what `work` gives for slices of rows, joined; all at once where pieces save nothing or cannot be cut."""
-    rows, columns = matrix_NI.shape
-    piece = max(1, _PIECE // max(1, columns * unit)) * unit
-    may_be_cut = not torch.compiler.is_compiling() and type(matrix_NI) is Tensor and matrix_NI.device.type == "cpu"
-    if rows <= piece or not may_be_cut or is_transformed(matrix_NI):
-        return work(slice(None))
-    joined: tuple[Tensor, ...] | None = None
-    for start in range(0, rows, piece):
-        results = work(slice(start, min(rows, start + piece)))
-        if joined is None:
-            joined = tuple(result.new_empty(rows, *result.shape[1:]) for result in results)
-        for whole, result in zip(joined, results, strict=True):
-            whole[start : start + piece] = result
-    return joined or ()
+def _pull_back_branch(grad_KI: Tensor, packed: Tensor, *, activation: Activation) -> tuple[Tensor]:
+    features = grad_KI.shape[1]
+    if features % 8:
+        return (activation.pull_back_branch(grad_KI, unpack_bits(packed, 1, features).to(grad_KI.dtype)),)
+    branch = unpack_flags(packed, features).to(grad_KI.dtype)
+    return (activation.pull_back_branch(grad_KI.view(branch.shape), branch).reshape(grad_KI.shape),)
 
 
 def _ones_like(x: Tensor) -> Tensor:
@@ -271,7 +274,8 @@ class _SketchedActivation(torch.autograd.Function):
         ctx.mark_non_differentiable(*kept)
         ctx.save_for_backward(tie, *kept)
         bits = 1 if activation.slope_kind == "piecewise linear" else strategy.bits
-        ctx.stored = StoredDerivative(activation, bits, x.numel() // features, features, ())
+        fused = strategy is not None and strategy.fused
+        ctx.stored = StoredDerivative(activation, bits, x.numel() // features, features, (), fused)
         ctx.dtype = x.dtype
 
     @staticmethod

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cheapgrad.ops._convolution_geometry import ConvolutionConfig, Geometry, as_matrix
+from cheapgrad.ops._convolution_geometry import ConvolutionConfig, Geometry
 from cheapgrad.ops._convolution_products import Backward, convolution_gradients
 from cheapgrad.ops._guards import refuse_forward_mode
-from cheapgrad.ops._kept_images import restore_images
+from cheapgrad.ops._kept_images import is_rounded_in_place, keep_images, restore_images
 from cheapgrad.ops._saved_operands import hand_back, save_operands, split_operands
 from cheapgrad.ops.linear import cast_for_autocast, may_need_grad
 from cheapgrad.ops.plan import Plan
@@ -37,6 +37,7 @@ class _SketchedConvolution(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, plan, geometry, *kept = inputs
         ctx.geometry, ctx.weight_shape = geometry, weight.shape
+        ctx.in_place = is_rounded_in_place(plan.stored, x)
         save_operands(ctx, x, weight, plan, kept)
 
     @staticmethod
@@ -66,7 +67,7 @@ def _at_hand(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> Backward:
         weight_shape=ctx.weight_shape,
         grad=grad,
         weight=weight,
-        kept=restore_images(ctx.plan, kept, ctx.geometry, ctx.input_shape, grad.dtype)
+        kept=restore_images(ctx.plan, kept, ctx.geometry, ctx.input_shape, grad.dtype, in_place=ctx.in_place)
         if ctx.needs_input_grad[1]
         else None,
     )
@@ -138,7 +139,7 @@ def sketched_convolution(
     images, weight, bias = cast_for_autocast(images, weight, bias)
     kept: tuple[Tensor, ...] = ()
     if plan.stored is not None and may_need_grad(weight):
-        kept = plan.keep(as_matrix(images), images.shape[0])
+        kept = keep_images(plan, images)
     function = _SketchedConvolution if torch.compiler.is_compiling() else _EagerSketchedConvolution
     output = function.apply(images, weight, bias, plan, geometry, *kept)
     return output if is_batch else output.squeeze(0)

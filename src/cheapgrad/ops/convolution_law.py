@@ -16,7 +16,7 @@ from cheapgrad.ops._convolution_products import (
     example_operands,
     output_channels_per_group,
 )
-from cheapgrad.ops._kept_images import WholeImages
+from cheapgrad.ops._kept_images import WholeImages, entry_variance_of
 from cheapgrad.sketch import (
     AbstractStrategy,
     ColumnSample,
@@ -29,6 +29,7 @@ from cheapgrad.sketch import (
     Poisson,
     RowProjection,
     RowSample,
+    StochasticRounding,
     Variance,
 )
 
@@ -229,11 +230,12 @@ class _Layer:
         """Return the matrices ``[Q, N, .]`` of X and of G whose product per group is dW, on one of the two grids."""
         kernel = self.weight.shape[2:]
         if on_output:
-            return self._stack(self.geometry.unfold_input(self.images, kernel)), self._stack(self.grad)
+            return self.stack(self.geometry.unfold_input(self.images, kernel)), self.stack(self.grad)
         unfolded = self.geometry.unfold_cotangent(self.grad, kernel, self.images.shape)
-        return self._stack(self.images), self._stack(unfolded)
+        return self.stack(self.images), self.stack(unfolded)
 
-    def _stack(self, images: Tensor) -> Tensor:
+    def stack(self, images: Tensor) -> Tensor:
+        """Return images as matrices ``[Q, N, .]``, one for each group of channels."""
         groups = self.geometry.groups
         grouped = images.reshape(images.shape[0], groups, -1, math.prod(images.shape[2:]))
         return grouped.permute(1, 0, 3, 2).flatten(1, 2)
@@ -242,6 +244,9 @@ class _Layer:
 def _grid_variance(strategy: AbstractStrategy, layer: _Layer, moment: Moment, on_output: bool) -> Variance:
     """Return the variance of dW by the strategy's law on one grid, with an exact dX."""
     stored, cotangent = layer.product(on_output)
+    if isinstance(strategy, StochasticRounding):
+        noise = layer.stack(entry_variance_of(strategy, layer.images))
+        return Variance(noise.new_zeros(()), (noise.sum(-1) * cotangent.square().sum(-1)).sum())
     return strategy.law.variance(stored, cotangent, moment=moment, examples=layer.x.shape[0])
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cheapgrad.ops._guards import differentiate_once, refuse_forward_mode
-from cheapgrad.sketch.bits import pack_bits, unpack_bits
+from cheapgrad.sketch.bits import pack_bits, unpack_bits, unpack_flags
+from cheapgrad.sketch.fusing import work_by_rows
 
 _NAME = "dropout"
 # Less this, the lowest value of SELU, is what PyTorch's alpha dropout puts in the place of dropped entries.
@@ -24,10 +25,12 @@ class Dropping:
     Attributes:
         p: the chance of an entry to be dropped, above 0 and below 1.
         is_alpha: whether dropped entries are replaced as `torch.nn.AlphaDropout` does.
+        fused: whether passes over the entries are compiled.
     """
 
     p: float
     is_alpha: bool = False
+    fused: bool = False
 
     def draw(self, x: Tensor) -> Tensor:
         """Draw a mask from PyTorch's stream of random numbers, exactly as PyTorch does.
@@ -40,10 +43,11 @@ class Dropping:
         """
         with torch.no_grad():
             if _is_fused(x) and not self.is_alpha:
-                kept = torch.native_dropout(x.detach(), self.p, True)[1].view(torch.uint8)
+                kept = torch.native_dropout(x.detach(), self.p, True)[1]
             else:
-                kept = torch.empty_like(x).bernoulli_(1 - self.p).to(torch.int8).view(torch.uint8)
-            return pack_bits(kept, 1)
+                kept = torch.empty_like(x, requires_grad=False).bernoulli_(1 - self.p)
+            packed = work_by_rows(_pack_mask, (kept.reshape(-1, x.shape[-1]),), fused=self.fused)[0]
+            return packed.view(*x.shape[:-1], packed.shape[-1])
 
     def forward(self, x: Tensor, packed: Tensor) -> Tensor:
         """Return the output, bit for bit as PyTorch does."""
@@ -56,12 +60,26 @@ class Dropping:
 
     def scale(self, grad: Tensor, packed: Tensor) -> Tensor:
         """Return the cotangent of the input, bit for bit as PyTorch does."""
+        if not self.is_alpha and not _is_fused(grad):
+            rows = grad.reshape(-1, grad.shape[-1]), packed.reshape(-1, packed.shape[-1])
+            return work_by_rows(_scale_kept, rows, fused=self.fused, p=self.p)[0].reshape(grad.shape)
         kept = unpack_bits(packed, 1, grad.shape[-1])
         if self.is_alpha:
             return grad * kept.to(grad.dtype).mul_(1 / math.sqrt((_ALPHA * _ALPHA * self.p + 1) * (1 - self.p)))
-        if _is_fused(grad):
-            return torch.ops.aten.native_dropout_backward(grad, kept.bool(), 1 / (1 - self.p))
-        return grad * kept.to(grad.dtype).div_(1 - self.p)
+        return torch.ops.aten.native_dropout_backward(grad, kept.bool(), 1 / (1 - self.p))
+
+
+def _pack_mask(kept: Tensor) -> tuple[Tensor]:
+    # By way of signed bytes: conversion to them is done many at a time.
+    return (pack_bits(kept.to(torch.int8).view(torch.uint8), 1),)
+
+
+def _scale_kept(x: Tensor, packed: Tensor, *, p: float) -> tuple[Tensor]:
+    features = x.shape[1]
+    if features % 8:
+        return (x * unpack_bits(packed, 1, features).to(x.dtype).div_(1 - p),)
+    kept = unpack_flags(packed, features).to(x.dtype).div_(1 - p)
+    return ((x.view(kept.shape) * kept).reshape(x.shape),)
 
 
 def _is_fused(x: Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cheapgrad.ops._convolution_geometry import as_matrix
+from cheapgrad.ops._kept_images import entry_variance_of
 from cheapgrad.ops.convolution import ConvolutionConfig
 from cheapgrad.ops.plan import Plan as LayerPlan
 from cheapgrad.planning.capture import Call
@@ -178,7 +179,7 @@ def _rounded_image_noise(call: Call, strategy: StochasticRounding) -> float:
     module: Any = call.module
     cotangent = _batched(call, call.use.cotangent)
     norm_N = geometry.patch_norms_of_cotangent(cotangent, module.weight.shape[2:], images.shape)
-    return float(strategy.entry_variance(as_matrix(images)).sum(1) @ norm_N.square())
+    return float(as_matrix(entry_variance_of(strategy, images)).sum(1) @ norm_N.square())
 
 
 def _geometry(call: Call) -> tuple[Tensor, Any]:

@@ -1,8 +1,8 @@
 """Regions: blocks whose norms, activations and attention take one code together with their linear layers.
 
 What such a block holds cannot be told layer by layer: a norm's code serves the layer that follows, a slope the layers
-on both sides of it, and what attention needs is computed again from a code of the norm before. So a block is one choice:
-its bytes are counted with and without codes, and its noise is measured by drawing them.
+on both sides of it, and what attention needs is computed again from a code of the norm before. So a block is one
+choice: its bytes are counted with and without codes, and its noise is measured by drawing them.
 """
 
 from __future__ import annotations

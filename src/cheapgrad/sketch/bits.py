@@ -48,3 +48,23 @@ def unpack_bits(packed: Tensor, bits: int, length: int) -> Tensor:
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).unsqueeze(1)
     codes = ((packed.unsqueeze(-2) >> shifts) & ((1 << bits) - 1)).flatten(-2)
     return codes.narrow(-1, 0, length)
+
+
+def unpack_flags(packed: Tensor, length: int) -> Tensor:
+    """Return the first `length` bits of the last axis that `pack_bits` packed, as booleans in eight runs.
+
+    Args:
+        packed: uint8, shape ``[..., ceil(length / 8)]``.
+        length: a multiple of 8.
+
+    Returns:
+        ``[..., 8, length / 8]``: the bits in order, which a compiler works on many at a time as long as the runs are an
+        axis of their own.
+
+    >>> unpack_flags(torch.tensor([3], dtype=torch.uint8), 8).flatten().tolist()
+    [True, True, False, False, False, False, False, False]
+    """
+    # Compiled, wider integers are worked on many at a time; one after the other, narrower ones are.
+    dtype = torch.int32 if torch.compiler.is_compiling() else torch.uint8
+    masks = (1 << torch.arange(8, dtype=torch.int32, device=packed.device)).to(dtype).unsqueeze(1)
+    return (packed.to(dtype).unsqueeze(-2) & masks) != 0

@@ -27,7 +27,8 @@ class Dither:
     """Dithers of ``[G, block]`` entries, as a draw per block and a shift per place.
 
     Attributes:
-        draws: float32, shape ``[G, 1]``, or ``[G, block]`` where a block spans several rows.
+        draws: float32, shape ``[G, 1]``, or ``[G, block]`` where a block spans several rows; of images as
+            `draw_plane_dither` says.
         shifts: float32, shape ``[block]``, or ``[1]`` where the draws are shifted already.
     """
 
@@ -56,6 +57,24 @@ def draw_dither(like: Tensor, rows: int, columns: int, block: int) -> Dither:
     entries = torch.add(draws, _shifts(columns, like.device)).frac_().flatten()
     entries = torch.nn.functional.pad(entries, (0, -entries.shape[0] % block))
     return Dither(entries.view(-1, block), torch.zeros(1, device=like.device))
+
+
+def draw_plane_dither(like: Tensor, batch: int, channels: int, pixels: int, block: int) -> Dither:
+    """Draw dithers for images ``[batch, channels, pixels]``: up to `block` channels of one pixel share a draw.
+
+    Args:
+        like: a real activation; see `random.uniform`.
+        batch: examples.
+        channels: channels, which entries that share a draw differ in.
+        pixels: pixels of a channel.
+        block: most channels that share a draw; the largest divisor of `channels` up to it do.
+
+    Returns:
+        Draws ``[batch, blocks, 1, pixels]`` and shifts ``[channels / blocks, 1]``.
+    """
+    width = max(count for count in range(1, min(block, channels) + 1) if channels % count == 0)
+    draws = random.uniform(like, (batch, channels // width, 1, pixels), double=False)
+    return Dither(draws, _shifts(width, like.device).unsqueeze(1))
 
 
 def _shifts(count: int, device: torch.device) -> Tensor:

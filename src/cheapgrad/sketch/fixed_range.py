@@ -54,8 +54,8 @@ class Grid:
 class FixedRange:
     r"""Round entries of a matrix ``[N, I]`` to a grid, up or down at random so that the expectation is the entry.
 
-    Rows are packed one by one, so that any of them can be decoded alone. A row that holds a NaN decodes to NaN: the
-    codes have no room for it, so each row carries a flag (a bfloat16 zero or NaN).
+    Rows are packed one by one, so that any of them can be decoded alone, and in a row blocks of shared draws. A row
+    that holds a NaN decodes to NaN: the codes have no room for it, so each row carries a flag (a bfloat16 zero or NaN).
 
     **Law** Bias 0. ``Var = step**2 f (1 - f)`` per entry, with f the place between two grid points. Up to 64 features
     of a row share a draw (see `cheapgrad.sketch.dither`).
@@ -65,40 +65,50 @@ class FixedRange:
     grid: Grid
 
     def draw(self, like: Tensor, rows: int, columns: int) -> Dither:
-        """Draw the dithers of a whole matrix."""
-        return draw_dither(like, rows, columns, _BLOCK)
+        """Draw the dithers of a whole matrix, laid out as `blocks` lays out its entries."""
+        dither = draw_dither(like, rows, columns, _BLOCK)
+        if columns % _BLOCK == 0:
+            return Dither(dither.draws.view(rows, columns // _BLOCK, 1), dither.shifts)
+        entries = dither.part(slice(None)).flatten()[: rows * columns]
+        return Dither(entries.view(rows, 1, columns), torch.zeros(1, device=like.device))
 
-    def rows_per_piece(self, columns: int, entries: int) -> int:
-        """Return how many rows make about `entries` entries and whole blocks of shared draws."""
-        unit = _BLOCK // math.gcd(columns, _BLOCK)
-        return max(1, entries // (columns * unit)) * unit
+    def blocks(self, matrix_NI: Tensor) -> Tensor:
+        """Return ``[N, blocks, block]``: blocks of shared draws, or whole rows where blocks do not divide them."""
+        rows, columns = matrix_NI.shape
+        block = _BLOCK if columns % _BLOCK == 0 else columns
+        return matrix_NI.view(rows, columns // max(block, 1), block)
 
-    def encode(self, values_NI: Tensor, dither: Dither, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Return packed codes and flags of rows of the matrix.
+    def encode(self, values: Tensor, draws: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return packed codes ``[N, ceil(I * bits / 8)]`` and a flag per row; a pure function for `fusing`.
 
         Args:
-            values_NI: float32 or float64, values that the grid covers.
-            dither: what `draw` gave for the whole matrix.
-            start: which row of the matrix the first one is; its first entry begins a block of draws.
+            values: float32 or float64, in blocks, values that the grid covers.
+            draws: those of the dither that `draw` returned, of the same rows.
+            shifts: those of the dither.
         """
-        rows, columns = values_NI.shape
-        first = start * columns // _BLOCK
-        blocks = slice(first, first + -(-rows * columns // _BLOCK))
-        dither_NI = dither.part(blocks).flatten()[: rows * columns].view(rows, columns)
-        flags = (values_NI.amax(1, keepdim=True) * 0).to(torch.bfloat16)
         grid = self.grid
-        position = torch.add(dither_NI, values_NI, alpha=1 / grid.step)
+        flags = (values.amax((1, 2)).unsqueeze(1) * 0).to(torch.bfloat16)
+        # Not in place: under vmap one of them may have an axis that the other does not have.
+        position = torch.add((draws + shifts).frac_(), values, alpha=1 / grid.step)
         # The largest position plus a dither may round to one code too many. Conversion cuts off, which rounds down.
         position = position.sub_(grid.low / grid.step).clamp_(max=2**grid.bits - 0.5)
         small = position.to(torch.int16 if grid.bits == 8 else torch.int8)
         codes = small.to(torch.uint8) if grid.bits == 8 else small.view(torch.uint8)
-        return pack_bits(codes, grid.bits), flags
+        return pack_bits(codes, grid.bits).flatten(1), flags
 
     def decode(self, packed: Tensor, flags: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        """Return the values, shape ``[N, columns]``, in float32 at least."""
+        """Return the values in blocks, in float32 at least; a pure function for `fusing`.
+
+        Args:
+            packed: as `encode` returned them.
+            flags: as `encode` returned them.
+            columns: I.
+            dtype: of the result, where it is wide enough.
+        """
         wide = torch.promote_types(dtype, torch.float32)
-        codes = unpack_bits(packed, self.grid.bits, columns).to(wide)
-        return codes.mul_(self.grid.step).add_(flags.to(wide) + self.grid.low)
+        block = _BLOCK if columns % _BLOCK == 0 else columns
+        codes = unpack_bits(packed.view(packed.shape[0], columns // block, -1), self.grid.bits, block).to(wide)
+        return codes.mul_(self.grid.step).add_((flags.to(wide) + self.grid.low).unsqueeze(2))
 
     def entry_variance(self, values: Tensor) -> Tensor:
         """Return ``step**2 f (1 - f)`` per entry, in float64."""

@@ -9,21 +9,17 @@ import torch
 from torch import Tensor
 
 from cheapgrad.errors import BudgetError, check_count
+from cheapgrad.sketch._codes import decode_groups, encode_groups, encode_groups_twice, scales_of
 from cheapgrad.sketch._strategy import AbstractStrategy, flat, stacked, zero
-from cheapgrad.sketch.bits import pack_bits, unpack_bits
-from cheapgrad.sketch.dither import Dither, draw_dither
+from cheapgrad.sketch.dither import draw_dither, draw_plane_dither
+from cheapgrad.sketch.fusing import work_by_rows
 from cheapgrad.sketch.law import Law, LayerShape, LayerTensors, Variance, dense_flops
 from cheapgrad.sketch.moment import Moment
 from cheapgrad.sketch.operands import AbstractStoredMatrix, Operands
-from cheapgrad.sketch.transforms import is_transformed
 
 _ALLOWED_BITS = (2, 4, 8)
 # Each group keeps its lowest value and its step in bfloat16.
 _GROUP_BYTES = 4
-# Entries worked on at a time on a CPU, so that what lies between two steps stays in the processor's cache.
-_CHUNK = 1 << 19
-# The largest position stays this far below the last code, so that no rounding makes a dither pass beyond it.
-_MARGIN = 1 + 2.0**-20
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,6 +35,10 @@ class StochasticRounding(AbstractStrategy):
     Args:
         bits: 2, 4 or 8.
         group: entries per group, at least 8 and a multiple of 8.
+        fused: compile what encodes and decodes into single passes, for this codec and for whatever else a layer stores
+            by it (slopes, branches, masks). Takes seconds at the first step, once for each machine and version of
+            torch, and a C++ compiler; without one a `FusingWarning` says so. No effect under `torch.compile`, where
+            everything is.
 
     **Law** Bias 0 (to the rounding of single precision; the dither has 24 bits). ``Var dW = sum_ni s**2 f_ni (1 - f_ni)
     ||g_n||**2``, exactly, summed over the entries of dW: each of them meets one feature, and rows are independent.
@@ -59,6 +59,7 @@ class StochasticRounding(AbstractStrategy):
 
     bits: int
     group: int = 64
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or self.bits not in _ALLOWED_BITS:
@@ -66,6 +67,8 @@ class StochasticRounding(AbstractStrategy):
         check_count("group", self.group, minimum=8)
         if self.group % 8:
             raise BudgetError(f"group must be a multiple of 8, but got {self.group}; use e.g. group=64")
+        if not isinstance(self.fused, bool):
+            raise BudgetError(f"fused must be True or False, but got {self.fused!r}")
 
     @property
     def law(self) -> Law:
@@ -91,10 +94,40 @@ class StochasticRounding(AbstractStrategy):
         """Keep packed codes and the groups' scales."""
         matrix_NI = operands.stored_dense()
         dither = draw_dither(matrix_NI, matrix_NI.shape[0], matrix_NI.shape[1], self.group)
-        groups = _as_groups(matrix_NI, self.group)
-        low, step = _scales(groups, self.bits)
-        packed = _encode(groups, low, step, dither, self.bits, _groups_per_run(matrix_NI.shape[1], self.group))
-        return packed, torch.cat([low, step], 1).to(torch.bfloat16)
+        rows = as_groups(matrix_NI, self.group), dither.draws
+        return work_by_rows(encode_groups, rows, (dither.shifts,), fused=self.fused, bits=self.bits)
+
+    def store_twice(self, matrix_NI: Tensor, second_bits: int) -> tuple[Tensor, ...]:
+        """Keep two independent codes of one matrix, the second one in `second_bits` bits."""
+        rows, columns = matrix_NI.shape
+        first, second = (draw_dither(matrix_NI, rows, columns, self.group) for _ in range(2))
+        groups = as_groups(matrix_NI, self.group), first.draws, second.draws
+        return work_by_rows(
+            encode_groups_twice, groups, (first.shifts,), fused=self.fused, bits=self.bits, second_bits=second_bits
+        )
+
+    def store_images(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Keep codes of images ``[B, C, ...]`` in memory order: groups along pixels, draws along channels.
+
+        Entries of one channel never share a draw, as those of one column of a matrix: the law is that of the matrix
+        whose rows are pixels, with the steps that groups of neighbouring pixels have. `restore` returns the matrix
+        ``[B, C * pixels]``.
+        """
+        batch, channels = images.shape[:2]
+        planes = images.reshape(batch, channels, -1)
+        pixels, group = planes.shape[2], self.group
+        dither = draw_plane_dither(images, batch, channels, pixels, group)
+        blocks, block = dither.draws.shape[1], dither.shifts.shape[0]
+        if pixels % group:
+            entries = (dither.draws + dither.shifts).frac_().flatten()
+            missing = -entries.shape[0] % group
+            rows = as_groups(planes, group), torch.nn.functional.pad(entries, (0, missing)).view(-1, group)
+            shifts = entries.new_zeros(1)
+        else:
+            cut = pixels // group, group
+            rows = planes.view(batch, blocks, block, *cut), dither.draws.view(batch, blocks, 1, *cut)
+            shifts = dither.shifts.unsqueeze(2)
+        return work_by_rows(encode_groups, rows, (shifts,), fused=self.fused, bits=self.bits)
 
     def restore(self, kept: tuple[Tensor, ...], rows: int, inputs: int, dtype: torch.dtype) -> EncodedMatrix:
         """Return the codes as a stand-in for X."""
@@ -130,16 +163,9 @@ class EncodedMatrix(AbstractStoredMatrix):
 
     def _decode(self, packed: Tensor, scales: Tensor) -> Tensor:
         """Return the values of whole groups, shape ``[groups, group]``."""
-        # In single precision at least: as float16 a bfloat16 scale may overflow or vanish.
-        wide = torch.promote_types(self._dtype, torch.float32)
-        codes = unpack_bits(packed, self._codec.bits, packed.shape[-1] * 8 // self._codec.bits)
-        values = codes.to(wide).view(-1, self._codec.group)
-        values.mul_(scales[:, 1:].to(wide)).add_(scales[:, :1].to(wide))
-        if self._dtype is not torch.float16:
-            return values.to(self._dtype)
-        # Scales are rounded outwards: what lies beyond the largest float16 stands for it.
-        largest = torch.finfo(torch.float16).max
-        return torch.where(values.isfinite(), values.clamp(-largest, largest), values).to(self._dtype)
+        codec = self._codec
+        options = {"bits": codec.bits, "dtype": self._dtype}
+        return work_by_rows(decode_groups, (packed, scales), fused=codec.fused, **options)[0]
 
     def dense(self) -> Tensor:
         """Return the decoded matrix."""
@@ -150,15 +176,17 @@ class EncodedMatrix(AbstractStoredMatrix):
         """Decode the given rows only, where rows are whole groups."""
         if self._inputs % self._codec.group:
             return super().rows(index_K)
-        packed = self._packed.index_select(0, index_K)
-        scales = self._scales.view(self._rows, -1, 2).index_select(0, index_K)
-        return self._decode(packed, scales.flatten(0, 1)).view(-1, self._inputs)
+        packed, scales = (
+            tensor.reshape(self._rows, -1).index_select(0, index_K).view(-1, tensor.shape[-1])
+            for tensor in (self._packed, self._scales)
+        )
+        return self._decode(packed, scales).view(-1, self._inputs)
 
 
 def rounding_steps(matrix_NI: Tensor, codec: StochasticRounding) -> tuple[Tensor, Tensor]:
     """Return the step s and the chance f of being rounded up, per entry, in float64."""
-    groups = _as_groups(matrix_NI, codec.group)
-    low, step = _scales(groups, codec.bits)
+    groups = as_groups(matrix_NI, codec.group)
+    low, step = scales_of(groups, codec.bits)
     position = torch.where(step != 0, (groups - low) / torch.where(step != 0, step, 1.0), 0.0).double()
     step_NI, up_NI = (
         part.flatten()[: matrix_NI.numel()].view(matrix_NI.shape)
@@ -167,82 +195,10 @@ def rounding_steps(matrix_NI: Tensor, codec: StochasticRounding) -> tuple[Tensor
     return step_NI, up_NI
 
 
-def _as_groups(matrix: Tensor, group: int) -> Tensor:
+def as_groups(matrix: Tensor, group: int) -> Tensor:
     """Return the entries as ``[groups, group]``, the last group padded with the last entry."""
     entries = matrix.flatten()
     missing = -entries.shape[0] % group
     if missing:
         entries = torch.cat([entries, entries[-1:].expand(missing)])
     return entries.view(-1, group)
-
-
-def _groups_per_run(columns: int, group: int) -> int:
-    """Return how many groups are packed together: those of a row, or one where rows are no whole groups."""
-    return columns // group if columns % group == 0 else 1
-
-
-def _encode(groups: Tensor, low: Tensor, step: Tensor, dither: Dither, bits: int, per_run: int) -> Tensor:
-    """Return packed codes ``floor((x - low) / step + dither)``, a line per run of `per_run` groups.
-
-    A group that is not finite, or constant, gets any codes: its scales make NaN, or one value, of them all.
-    """
-    count, group = groups.shape
-    wide = low.dtype
-    divisor = torch.where(step == 0, 1.0, step)
-
-    def encode(part: slice, scratch: Tensor | None, other: Tensor | None) -> Tensor:
-        position = torch.sub(groups[part], low[part], out=scratch).div_(divisor[part])
-        # Not in place without scratch: under vmap the dither may have an axis that the entries do not have.
-        position = torch.add(position, dither.part(part, other), out=scratch)
-        # Positions are not negative, so that conversion, which cuts off, rounds down. Conversion to signed integers is
-        # done many at a time.
-        codes = position.to(torch.int16 if bits == 8 else torch.int8)
-        codes = codes.to(torch.uint8) if bits == 8 else codes.view(torch.uint8)
-        return pack_bits(codes.view(-1, per_run * group), bits)
-
-    chunk = max(1, _CHUNK // (per_run * group)) * per_run
-    if count <= chunk or not _may_be_cut(groups):
-        return encode(slice(None), None, None)
-    packed = torch.empty(count // per_run, per_run * group * bits // 8, dtype=torch.uint8)
-    scratch, other = torch.empty(chunk, group, dtype=wide), torch.empty(chunk, group, dtype=torch.float32)
-    for start in range(0, count, chunk):
-        stop = min(count, start + chunk)
-        part = slice(start, stop)
-        packed[start // per_run : stop // per_run] = encode(part, scratch[: stop - start], other[: stop - start])
-    return packed
-
-
-def _scales(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return lowest value and step per group ``[groups, 1]``, bfloat16 numbers that make the codes cover the group."""
-    wide = torch.promote_types(groups.dtype, torch.float32)
-    low = _round_down(groups.amin(1, keepdim=True).to(wide))
-    span = groups.amax(1, keepdim=True).to(wide) - low
-    step = -_round_down(span * (-_MARGIN / (2**bits - 1)))
-    return low, step
-
-
-def _round_down(values: Tensor) -> Tensor:
-    """Return the next bfloat16 number below or at `values`, held in their dtype; what is not finite stays so.
-
-    By masking bits: a cast there and back may be elided by a compiler, which would quantise with a step other than the
-    stored one and bias every value.
-    """
-    single = values.float()
-    if values.dtype is torch.float64:
-        below = torch.nextafter(single, single.new_full((), -torch.inf))
-        single = torch.where(single.to(values.dtype) > values, below, single)
-    bits = single.view(torch.int32)
-    # Sign and magnitude: cutting off the lower half rounds a negative number up, unless a full half is added first.
-    rounded = (bits + ((bits >> 31) & 0xFFFF)) & -0x10000
-    # Only NaN differs from itself.
-    return torch.where(single == single, rounded.view(torch.float32), single).to(values.dtype)
-
-
-def _may_be_cut(tensor: Tensor) -> bool:
-    """Tell whether to work in pieces: on a CPU, where nothing watches or compiles what is done."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(tensor) is Tensor
-        and tensor.device.type == "cpu"
-        and not is_transformed(tensor)
-    )

@@ -16,7 +16,7 @@ from cheapgrad.ops.chains.joining import stage_in_chain
 from cheapgrad.ops.dropout import Dropping, sketched_dropout
 from cheapgrad.ops.linear import may_need_grad
 from cheapgrad.ops.plan import Plan
-from cheapgrad.sketch import AbstractStrategy, Moment
+from cheapgrad.sketch import AbstractStrategy, Moment, StochasticRounding
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def _is_drawn(module: Any, x: Tensor) -> bool:
 def _run_dropout(module: Any, plan: Plan, x: Tensor) -> Tensor:
     if not _is_drawn(module, x):
         return nn.Dropout.forward(module, x)
-    dropping = Dropping(module.p)
+    dropping = Dropping(module.p, fused=isinstance(plan.stored, StochasticRounding) and plan.stored.fused)
     packed = dropping.draw(x)
     stage = DropoutStage(dropping, plan.stored)
     return stage_in_chain(x, stage, (packed,), plan)

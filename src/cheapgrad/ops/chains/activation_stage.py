@@ -80,7 +80,8 @@ class ActivationStage(AbstractStage):
         """Take the kept rows."""
         if isinstance(self.stored, StochasticRounding):
             bits = self.stored.bits if self.activation.slope_kind == "smooth" else 1
-            return _OpenedSlope(StoredDerivative(self.activation, bits, rows.count, 0, record), rows.index_K)
+            stored = StoredDerivative(self.activation, bits, rows.count, 0, record, self.stored.fused)
+            return _OpenedSlope(stored, rows.index_K)
         return _OpenedActivation(
             self, rebuild() if rebuild is not None and not record else rows.take_visibly(record[0])
         )

@@ -40,9 +40,11 @@ class _Gate:
         activation, codec = self.stage.activation, self.stage.stored
         if self.slope_from is not None:
             return activation.backward(up, self.slope_from, activated)
-        bits = codec.bits if isinstance(codec, StochasticRounding) and activation.slope_kind == "smooth" else 1
-        features = up.shape[-1]
-        return apply_derivative(StoredDerivative(activation, bits, up.numel() // features, features, self.codes), up)
+        is_rounded = isinstance(codec, StochasticRounding)
+        bits = codec.bits if is_rounded and activation.slope_kind == "smooth" else 1
+        rows, features = up.numel() // up.shape[-1], up.shape[-1]
+        fused = is_rounded and codec.fused
+        return apply_derivative(StoredDerivative(activation, bits, rows, features, self.codes, fused), up)
 
 
 def recognise_gate(x: Tensor, stored: AbstractStrategy | None) -> Chain | None:

@@ -10,7 +10,90 @@ from torch import Tensor
 
 from cheapgrad.ops.chains.stage import AbstractOpenedStage, AbstractStage, KeptRows, Rebuild
 from cheapgrad.ops.plan import Plan, RootUse
-from cheapgrad.sketch import AbstractStrategy, DenseMatrix, Moment, Operands
+from cheapgrad.sketch import AbstractStrategy, StochasticRounding
+from cheapgrad.sketch._codes import decode_groups
+from cheapgrad.sketch.fusing import work_by_rows
+
+
+def encode_twice(codec: AbstractStrategy, x_hat: Tensor) -> tuple[Tensor, ...]:
+    """Return two independent codes of normalised rows ``[..., I]``."""
+    if not isinstance(codec, StochasticRounding):
+        raise RuntimeError("a norm joins a chain with codes of stochastic rounding only")
+    return codec.store_twice(x_hat.reshape(-1, x_hat.shape[-1]), codec.bits)
+
+
+@dataclass(frozen=True)
+class SecondCode:
+    """The second code of normalised rows, on the kept rows: what their product with a cotangent is averaged with.
+
+    Attributes:
+        tensors: packed codes ``[K, groups, bytes]`` and scales ``[K, groups, 2]``, or decoded rows ``[K, I]`` where
+            rows are no whole groups.
+        codec: of both codes.
+    """
+
+    tensors: tuple[Tensor, ...]
+    codec: StochasticRounding
+
+    def pull_back(
+        self, grad_KI: Tensor, normalised_KI: Tensor, root_K: Tensor, scale_I: Tensor | None, *, is_centred: bool
+    ) -> Tensor:
+        """Return ``(g - mean(g) - x_hat mean(g x_hat)) * root`` with ``g = scale * grad``, by two independent codes.
+
+        Args:
+            grad_KI: cotangent of the output.
+            normalised_KI: the first code, decoded.
+            root_K: ``[K, 1]``.
+            scale_I: weight, or None.
+            is_centred: whether a mean is subtracted, from x and so from g.
+        """
+        rows = grad_KI, normalised_KI, root_K, *self.tensors
+        shared = () if scale_I is None else (scale_I.detach(),)
+        options = {"bits": self.codec.bits, "is_centred": is_centred, "is_decoded": len(self.tensors) == 1}
+        return work_by_rows(_pull_back, rows, shared, fused=self.codec.fused, **options)[0]
+
+
+def _pull_back(
+    grad_KI: Tensor,
+    normalised_KI: Tensor,
+    root_K: Tensor,
+    *others: Tensor,
+    bits: int,
+    is_centred: bool,
+    is_decoded: bool,
+) -> tuple[Tensor]:
+    again_KI, *scale_I = others if is_decoded else (_decode(others[0], others[1], bits, grad_KI), *others[2:])
+    scaled_KI = grad_KI * scale_I[0] if scale_I else grad_KI
+    along_K = (scaled_KI * again_KI).mean(1, keepdim=True)
+    centred_KI = scaled_KI - scaled_KI.mean(1, keepdim=True) if is_centred else scaled_KI
+    return (torch.addcmul(centred_KI, normalised_KI, along_K, value=-1).mul_(root_K),)
+
+
+def _decode(packed: Tensor, scales: Tensor, bits: int, like_KI: Tensor) -> Tensor:
+    return decode_groups(packed, scales, bits=bits, dtype=like_KI.dtype)[0].view(like_KI.shape)
+
+
+def take_codes(
+    codec: AbstractStrategy, record: tuple[Tensor, ...], features: int, rows: KeptRows
+) -> tuple[Tensor, Tensor, SecondCode]:
+    """Return the kept rows of a norm's record: the factor, the first code decoded, and the second one.
+
+    Args:
+        codec: of both codes.
+        record: the factor ``[N, 1]``, then what `encode_twice` returned.
+        features: I.
+        rows: the rows to take.
+    """
+    if not isinstance(codec, StochasticRounding):
+        raise RuntimeError("a norm joins a chain with codes of stochastic rounding only")
+    root_N, *codes = record
+    first_KI = rows.decode(codec, tuple(codes[:2]), features, root_N.dtype)
+    if features % codec.group:
+        second = (rows.decode(codec, tuple(codes[2:]), features, root_N.dtype),)
+    else:
+        groups = features // codec.group
+        second = tuple(rows.take(tensor).unflatten(1, (groups, -1)) for tensor in codes[2:])
+    return rows.take(root_N), first_KI, SecondCode(second, codec)
 
 
 @dataclass(frozen=True)
@@ -62,8 +145,7 @@ class LayerNormStage(AbstractNormStage):
         if self.stored is None:
             return () if is_rebuilt else (x,)
         x_hat, _, rstd = torch.ops.aten.native_layer_norm(x, [x.shape[-1]], None, None, self.eps)
-        operands = Operands(Moment.STORED, DenseMatrix(x_hat.reshape(-1, x.shape[-1])))
-        return (rstd.reshape(-1, 1), *self.stored.store(operands), *self.stored.store(operands))
+        return (rstd.reshape(-1, 1), *encode_twice(self.stored, x_hat))
 
     def open(
         self,
@@ -76,12 +158,7 @@ class LayerNormStage(AbstractNormStage):
         if self.stored is None:
             input_KI = rebuild() if rebuild is not None and not record else rows.take_visibly(record[0])
             return _NormalisedAgain(self.eps, input_KI, parameters)
-        rstd_N, *codes = record
-        half = len(codes) // 2
-        first_KI, second_KI = (
-            rows.decode(self.stored, tuple(code), self.features, rstd_N.dtype) for code in (codes[:half], codes[half:])
-        )
-        return _Decoded(first_KI, second_KI, rows.take(rstd_N), parameters)
+        return _Decoded(*take_codes(self.stored, record, self.features, rows), parameters)
 
 
 class _NormalisedAgain(AbstractOpenedStage):
@@ -117,10 +194,10 @@ class _NormalisedAgain(AbstractOpenedStage):
 
 class _Decoded(AbstractOpenedStage):
     def __init__(
-        self, normalised_KI: Tensor, again_KI: Tensor, rstd_K: Tensor, parameters: tuple[Tensor | None, ...]
+        self, root_K: Tensor, normalised_KI: Tensor, second: SecondCode, parameters: tuple[Tensor | None, ...]
     ) -> None:
-        self._normalised_KI, self._again_KI = normalised_KI, again_KI
-        self._rstd_K = rstd_K
+        self._root_K = root_K
+        self._normalised_KI, self._second = normalised_KI, second
         self._parameters = parameters
 
     def output(self) -> Tensor:
@@ -140,10 +217,5 @@ class _Decoded(AbstractOpenedStage):
         grad_bias = grad_KO.sum(0) if wanted[2] else None
         if not wanted[0]:
             return None, (grad_weight, grad_bias)
-        scaled_KI = grad_KO if weight is None else grad_KO * weight
-        along_K = (scaled_KI * self._again_KI).mean(1, keepdim=True)
-        centred_KI = scaled_KI - scaled_KI.mean(1, keepdim=True)
-        return centred_KI.addcmul_(self._normalised_KI, along_K, value=-1).mul_(self._rstd_K), (
-            grad_weight,
-            grad_bias,
-        )
+        grad_input = self._second.pull_back(grad_KO, self._normalised_KI, self._root_K, weight, is_centred=True)
+        return grad_input, (grad_weight, grad_bias)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cheapgrad.ops.chains.norm_stage import AbstractNormStage
+from cheapgrad.ops.chains.norm_stage import AbstractNormStage, SecondCode, encode_twice, take_codes
 from cheapgrad.ops.chains.stage import AbstractOpenedStage, KeptRows, Rebuild
 from cheapgrad.ops.plan import Plan, RootUse
-from cheapgrad.sketch import AbstractStrategy, DenseMatrix, Moment, Operands
+from cheapgrad.sketch import AbstractStrategy
 
 
 class RmsForm(enum.Enum):
@@ -96,8 +96,7 @@ class RmsNormStage(AbstractNormStage):
         if self.stored is None:
             return () if is_rebuilt else (x,)
         x_hat, root = self.normalise(x)
-        operands = Operands(Moment.STORED, DenseMatrix(x_hat.reshape(-1, x.shape[-1])))
-        return (root.reshape(-1, 1), *self.stored.store(operands), *self.stored.store(operands))
+        return (root.reshape(-1, 1), *encode_twice(self.stored, x_hat))
 
     def open(
         self,
@@ -112,21 +111,21 @@ class RmsNormStage(AbstractNormStage):
         if self.stored is None:
             input_KI = rebuild() if rebuild is not None and not record else rows.take_visibly(record[0])
             x_hat_KI, root_K = self.normalise(input_KI)
-            return _OpenedRmsNorm(x_hat_KI, x_hat_KI, root_K, scale, self.form.forward(input_KI, weight, self.eps))
-        root_N, *codes = record
-        half = len(codes) // 2
-        first_KI, second_KI = (
-            rows.decode(self.stored, tuple(code), self.features, root_N.dtype) for code in (codes[:half], codes[half:])
-        )
-        return _OpenedRmsNorm(first_KI, second_KI, rows.take(root_N), scale, None)
+            return _OpenedRmsNorm(root_K, x_hat_KI, None, scale, self.form.forward(input_KI, weight, self.eps))
+        return _OpenedRmsNorm(*take_codes(self.stored, record, self.features, rows), scale, None)
 
 
 class _OpenedRmsNorm(AbstractOpenedStage):
     def __init__(
-        self, normalised_KI: Tensor, again_KI: Tensor, root_K: Tensor, scale: Tensor | None, output_KI: Tensor | None
+        self,
+        root_K: Tensor,
+        normalised_KI: Tensor,
+        second: SecondCode | None,
+        scale: Tensor | None,
+        output_KI: Tensor | None,
     ) -> None:
-        self._normalised_KI, self._again_KI = normalised_KI, again_KI
         self._root_K = root_K
+        self._normalised_KI, self._second = normalised_KI, second
         self._scale = scale
         self._output_KI = output_KI
 
@@ -142,6 +141,11 @@ class _OpenedRmsNorm(AbstractOpenedStage):
         grad_weight = (grad_KO * self._normalised_KI).sum(0) if wanted[1] and self._scale is not None else None
         if not wanted[0]:
             return None, (grad_weight,)
+        if self._second is not None:
+            grad_input = self._second.pull_back(
+                grad_KO, self._normalised_KI, self._root_K, self._scale, is_centred=False
+            )
+            return grad_input, (grad_weight,)
         scaled_KI = grad_KO if self._scale is None else grad_KO * self._scale
-        along_K = (scaled_KI * self._again_KI).mean(1, keepdim=True)
+        along_K = (scaled_KI * self._normalised_KI).mean(1, keepdim=True)
         return torch.addcmul(scaled_KI, self._normalised_KI, along_K, value=-1).mul_(self._root_K), (grad_weight,)

@@ -1,10 +1,10 @@
 """The operator that row-wise layers are in compiled graphs, whose body runs while the backward pass is traced.
 
 `torch.compile` works in two steps. The first one reads Python and sees no autograd graph, so that no layer can tell
-what its input was computed from. The second one runs the operators that were found, with real autograd nodes, and writes
-down what forward and backward do. Layers are therefore one operator to the first step, and their Python runs in the
-second, where chains are found as in eager mode. What the operator is told has to be plain data: the strategies and the
-options of the layer are text.
+what its input was computed from. The second one runs the operators that were found, with real autograd nodes, and
+writes down what forward and backward do. Layers are therefore one operator to the first step, and their Python runs
+in the second, where chains are found as in eager mode. What the operator is told has to be plain data: the strategies
+and the options of the layer are text.
 """
 
 from __future__ import annotations

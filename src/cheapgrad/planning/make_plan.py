@@ -41,7 +41,7 @@ from cheapgrad.sketch import Moment
 _MOST_BATCHES = 8
 _LAW_BATCHES = 2
 # For each of these: random directions, and draws of the plan.
-_PROBES = 4
+_PROBES = 5
 _DRAWS = 3
 _ROUNDS = 4
 # Above this relative standard error of the noise the plan says so.

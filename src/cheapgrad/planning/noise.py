@@ -49,11 +49,11 @@ def measure_cotangent_noise(
             and in a layer whose input is stored by a strategy of its own.
         is_folded: as in `measure_row_noise`.
     """
-    rows = [strategy for strategy in strategies if samples_rows(chain, strategy)]
+    rows = [strategy for strategy in strategies if samples_rows(strategy, chain)]
     of_rows = iter(measure_row_noise(chain, rows, below, scale, samples_bias, is_folded) if rows else ())
     found = []
     for strategy in strategies:
-        if samples_rows(chain, strategy):
+        if samples_rows(strategy, chain):
             found.append(next(of_rows))
         elif isinstance(strategy, ExampleSample):
             found.append(_image_noise(chain[0], strategy, below, scale))

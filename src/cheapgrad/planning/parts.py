@@ -88,7 +88,7 @@ class Unit:
         """
         found = [0.0] * len(self.strategies)
         for chain in self.chains:
-            rows = [strategy for strategy in self.strategies if samples_rows(chain, strategy)]
+            rows = [strategy for strategy in self.strategies if samples_rows(strategy, chain)]
             sizes = iter(row_noise_sizes(chain, rows, amplification) if rows else ())
             energy = sum(call.energy for call in chain) if len(rows) < len(self.strategies) else 0.0
             for position, strategy in enumerate(self.strategies):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from cheapgrad.convert.wrappers import unwrap
 from cheapgrad.cost._preparation import undisturbed
 from cheapgrad.errors import BatchOrderError, LossError, NondeterministicLossError
 
@@ -74,6 +75,16 @@ class Step:
         pairs = zip(self.parameters, found[:count], strict=True)
         own = [torch.zeros_like(parameter) if value is None else value for parameter, value in pairs]
         return own, list(found[count:])
+
+
+def names_of_dropouts(model: nn.Module) -> set[str]:
+    """Return the names of dropout modules: converted ones add no noise, but draw their masks in another way.
+
+    Args:
+        model: the model.
+    """
+    dropout = nn.modules.dropout._DropoutNd
+    return {name for name, module in unwrap(model).named_modules() if isinstance(module, dropout)}
 
 
 def check_loss(step: Step, batch: Any) -> None:

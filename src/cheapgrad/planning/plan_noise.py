@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from cheapgrad.planning.capture import Call, Capture
 from cheapgrad.planning.noise import measure_cotangent_noise, measure_stored_noise
 from cheapgrad.planning.parts import Choice, Group, Unit
 from cheapgrad.planning.passed_down import Noise, PassedDown, row_norms
-from cheapgrad.planning.passes import Step
+from cheapgrad.planning.passes import Step, names_of_dropouts
 from cheapgrad.planning.row_noise import draw_weights
 from cheapgrad.sketch import Moment
 
@@ -26,7 +26,7 @@ _MODEL_ERROR = 0.1
 # The same for blocks whose noise was drawn once, at another width.
 _REGION_ERROR = 0.4
 # Draws of codes for each observed batch: few say much, for they sum over many entries.
-_CODE_DRAWS = 1
+_CODE_DRAWS = 2
 # A ceiling is kept with this many standard errors to spare: a chance of nine in ten for a normal error.
 _SPARE = 1.28
 
@@ -161,8 +161,8 @@ def _carry_over(
 def _draw_whole_errors(
     step: Step, observed: Sequence[Observed], choices: Sequence[Choice], skip_small: bool, draws: int
 ) -> list[float]:
-    """Return squared errors of gradients drawn with everything; none where dropout sees other random numbers then."""
-    handle = approximate(step.model, rules_of(choices), skip_small=skip_small)
+    """Return squared errors of gradients drawn with all but dropout; none where the loss is another one then."""
+    handle = approximate(step.model, rules_of(choices, names_of_dropouts(step.model)), skip_small=skip_small)
     seed, errors = step.seed, []
     try:
         with step.undisturbed():
@@ -179,11 +179,12 @@ def _draw_whole_errors(
     return errors
 
 
-def rules_of(choices: Sequence[Choice]) -> list[Rule]:
+def rules_of(choices: Sequence[Choice], left_alone: Collection[str] = ()) -> list[Rule]:
     """Return one rule for each layer.
 
     Args:
         choices: at most one for each layer and moment.
+        left_alone: names of layers without one.
     """
     by_layer: dict[str, dict[str, Any]] = {}
     for choice in choices:
@@ -191,7 +192,7 @@ def rules_of(choices: Sequence[Choice]) -> list[Rule]:
             by_layer.setdefault(name, {})[choice.moment.value] = choice.strategy
             if choice.is_region:
                 by_layer[name]["recompute"] = True
-    return [Rule(_exactly(name), **strategies) for name, strategies in by_layer.items()]
+    return [Rule(_exactly(name), **strategies) for name, strategies in by_layer.items() if name not in left_alone]
 
 
 def _exactly(name: str) -> Callable[[str, nn.Module], bool]:

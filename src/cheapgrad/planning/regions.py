@@ -26,7 +26,7 @@ from cheapgrad.planning.costs import count_planned_costs
 from cheapgrad.planning.noise import measure_stored_noise
 from cheapgrad.planning.parts import Choice, Group
 from cheapgrad.planning.passed_down import Noise, PassedDown
-from cheapgrad.planning.passes import Step
+from cheapgrad.planning.passes import Step, names_of_dropouts
 from cheapgrad.sketch import Moment, StochasticRounding
 
 _BITS = (8, 4, 2)
@@ -233,8 +233,11 @@ def _draw_noises(
 
 
 def _draw_error(step: Step, batch: Any, capture: Capture, regions: Sequence[Region], skip_small: bool) -> float | None:
-    """Return the squared error of one draw; None where dropout sees other random numbers then."""
-    rules = [rule for region in regions for rule in _rules(region, _DRAWN_BITS)]
+    """Return the squared error of one draw, dropout left alone; None where the forward pass is another one then."""
+    dropouts = names_of_dropouts(step.model)
+    rules = [_rule(name, _DRAWN_BITS) for region in regions for name in region.layers if name not in dropouts]
+    if not rules:
+        return 0.0
     handle = approximate(step.model, rules, skip_small=skip_small)
     try:
         with step.undisturbed():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ _FOLD = 48
 _FOLD_SEED = 20241101
 
 
-def samples_rows(chain: Sequence[Call], strategy: AbstractStrategy) -> bool:
+def samples_rows(strategy: AbstractStrategy, chain: Sequence[Call]) -> TypeGuard[AbstractRowSampling]:
     """Tell whether a strategy samples rows of plain matrices."""
     return isinstance(strategy, AbstractRowSampling) and chain[0].is_matrix
 

@@ -207,9 +207,9 @@ def test_summary_uses_the_width_of_the_terminal(monkeypatch):
 def test_footers_say_nothing_of_cells_that_are_filled():
     text = predicted_encoder_layer().summary()
     assert "appear after" not in text
-    # Of attention there is no model; its row keeps its dashes, and a footer says whose they are.
+    # Of attention there is no model; its row keeps its dashes, and footers say whose they are and why.
     assert "no bytes and FLOPs of self_attn: no batch came by, or there is no model of it" in text
-    assert "no relative variance of self_attn: " in text
+    assert "no variance of self_attn can be predicted: the projections of an attention have inputs" in text
 
 
 def test_rows_serialise():

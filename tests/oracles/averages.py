@@ -33,7 +33,7 @@ def average_pooling(sizes, kernel, stride, padding, ceil_mode, count_include_pad
 
 
 def adaptive_pooling(sizes, outputs) -> np.ndarray:
-    """Return the matrix of an average pooling to o outputs, window i from floor(i n / o) to ceil((i + 1) n / o)."""
+    """Return the matrix of an average pooling to o outputs: window i goes from floor(i n/o) to ceil((i + 1) n/o)."""
     matrix = np.zeros((math.prod(outputs), math.prod(sizes)))
     for row, place in enumerate(itertools.product(*map(range, outputs))):
         inside = [

@@ -16,6 +16,7 @@ from cheapgrad.convert.obstacles import find_obstacle
 from cheapgrad.convert.rule import Rule
 from cheapgrad.convert.scopes import open_scopes
 from cheapgrad.convert.sketched_layer import Conversion, SketchedLayer, Switch, sketched_class
+from cheapgrad.convert.uncovered import is_listed, why_uncovered
 from cheapgrad.convert.wrappers import unwrap
 from cheapgrad.errors import (
     BudgetError,
@@ -190,10 +191,11 @@ def _list_rules(rules: tuple[Any, ...]) -> tuple[Rule, ...]:
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
-    """Return every module that has parameters of its own or is of a convertible kind, once."""
+    """Return every module that has parameters of its own, is of a convertible kind or holds something, once."""
     layers: dict[int, _Layer] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if any(True for _ in module.parameters(recurse=False)) or kind_of(type(module)) is not None:
+        is_layer = any(True for _ in module.parameters(recurse=False)) or kind_of(type(module)) is not None
+        if is_layer or is_listed(module):
             layers.setdefault(id(module), _Layer(module, [])).names.append(name)
     return list(layers.values())
 
@@ -209,7 +211,7 @@ def _decide(layer: _Layer, rules: tuple[Rule, ...], skip_small: bool) -> _Decisi
             "call handle.revert() first, or use patterns that do not overlap"
         )
     kind = kind_of(type(module))
-    decision.remark = _why_unsupported(module) if kind is None else find_obstacle(module)
+    decision.remark = why_uncovered(module) if kind is None else find_obstacle(module)
     if kind is None or decision.remark:
         return decision
     remarks = []
@@ -252,15 +254,6 @@ def _check_budget(decision: _Decision, kind: LayerKind, strategy: AbstractStrate
         raise BudgetError(f"layer {decision.name or '(model)'!r}: {error}") from None
 
 
-def _why_unsupported(module: nn.Module) -> str:
-    stock = next(
-        (kind_of(base) for base in type(module).__mro__[1:] if issubclass(base, nn.Module) and kind_of(base)), None
-    )
-    if stock is not None:
-        return f"unsupported: {type(module).__name__} overrides the forward of {stock.name}"
-    return f"unsupported: no sketched operation for {type(module).__name__}"
-
-
 def _why_not(module: nn.Module, kind: LayerKind, strategy: AbstractStrategy, moment: Moment, skip_small: bool) -> str:
     """Return why a strategy is left out for a layer, or an empty string."""
     if strategy.is_exact:
@@ -294,7 +287,7 @@ def _check_matches(rules: tuple[Rule, ...], decisions: list[_Decision]) -> None:
             continue
         if matched:
             kinds = ", ".join(sorted({type(decision.module).__name__ for decision in matched}))
-            reasons = "; ".join(sorted({_why_unsupported(decision.module) for decision in matched})[:5])
+            reasons = "; ".join(sorted({why_uncovered(decision.module) for decision in matched})[:5])
             raise NoMatchError(
                 f"the rule for {rule.pattern!r} matches only layers that cannot be converted: {kinds} ({reasons})"
             )

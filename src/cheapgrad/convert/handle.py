@@ -15,6 +15,7 @@ from cheapgrad.convert.predictions import predict_sizes, predict_variances
 from cheapgrad.convert.scopes import close_scopes
 from cheapgrad.convert.sketched_layer import Probe, SketchedLayer, Switch, sketched_class
 from cheapgrad.convert.summary import render_summary
+from cheapgrad.convert.uncovered import HeldElsewhere, list_uncovered, remark_on_uncovered
 from cheapgrad.cost import CostComparison, CostReport, compare, scan
 from cheapgrad.errors import (
     ConversionError,
@@ -219,7 +220,37 @@ class Handle:
         with forced_exact():
             exact = scan(self.model, *inputs, loss=loss, fake=fake, **kwargs)
         sketched = scan(self.model, *inputs, loss=loss, fake=fake, **kwargs)
-        return _remark_on_chains(compare(exact, sketched), sketched)
+        comparison = _remark_on_chains(compare(exact, sketched), sketched)
+        remark = remark_on_uncovered(list_uncovered(self.model, self._records, sketched))
+        return dataclasses.replace(comparison, remarks=(*comparison.remarks, *([remark] if remark else [])))
+
+    def uncovered(
+        self, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, fake: bool = False, **kwargs: Any
+    ) -> tuple[HeldElsewhere, ...]:
+        """Scan a training step and list what still holds bytes because no rule reaches it, the largest first.
+
+        These are modules that no rule matches or that have no sketched operation, functions that the model's own
+        forward passes call, and what must stay exact, such as queries and keys. Every record says why.
+
+        Args:
+            *inputs: of the model's forward.
+            loss: called with the model's output; see `cheapgrad.scan`.
+            fake: scan without data and without memory.
+            **kwargs: of the model's forward.
+
+        Raises:
+            ConversionError: if the handle was reverted. What `cheapgrad.scan` refuses or runs into is raised as there.
+
+        Example:
+            >>> import cheapgrad
+            >>> model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8), nn.Softmax(-1))
+            >>> handle = cheapgrad.approximate(model, cheapgrad.recipes.memory(bits=4), skip_small=False)
+            >>> [(each.module, each.held_bytes) for each in handle.uncovered(torch.randn(32, 64))]
+            [('3', 1024)]
+        """
+        self._check_live()
+        report = scan(self.model, *inputs, loss=loss, fake=fake, **kwargs)
+        return list_uncovered(self.model, self._records, report)
 
     def summary(self) -> str:
         """Return the table of converted and skipped layers with predicted bytes, FLOPs and relative variance.

@@ -28,6 +28,7 @@ class LayerRecord:
         weight_norm_squared: ``||dW||**2``.
         input_variance: ``E ||dX_hat - dX||**2`` of this layer alone, or None.
         input_norm_squared: ``||dX||**2``.
+        unpredicted: why no variance can be predicted from the layer's own tensors; empty before `Handle.predict`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerRecord:
     weight_norm_squared: float | None = None
     input_variance: float | None = None
     input_norm_squared: float | None = None
+    unpredicted: str = ""
 
     @property
     def relative_variance(self) -> float | None:

@@ -52,7 +52,10 @@ def _flops(conversion: Conversion) -> float:
 def predict_variances(module: SketchedLayer, gradients: dict[int, Tensor]) -> dict[str, Any]:
     """Return variances and norms from the probed passes, as fields of a `LayerRecord`."""
     probe = module._cheapgrad.probe
-    if probe is None or not probe.uses or module._cheapgrad.kind.row_wise:
+    reason = why_unpredicted(module._cheapgrad)
+    if reason:
+        return {"unpredicted": reason}
+    if probe is None or not probe.uses:
         return {}
     variances = [_variance_of_use(module, use) for use in probe.uses]
     weight_gradient = gradients.get(id(getattr(module, "weight", None)))
@@ -64,6 +67,21 @@ def predict_variances(module: SketchedLayer, gradients: dict[int, Tensor]) -> di
         "input_variance": sum(float(variance.input) for variance in variances),
         "input_norm_squared": sum(_norm_squared(gradients[id(x)]) for x in probe.inputs if id(x) in gradients),
     }
+
+
+def why_unpredicted(conversion: Conversion) -> str:
+    """Return why no law gives the variance of a layer from its own tensors, or an empty string."""
+    if not conversion.kind.is_probed:
+        return (
+            "the projections of an attention have inputs and cotangents of their own, which nobody sees from outside; "
+            "the law of a linear layer holds for each"
+        )
+    if conversion.kind.row_wise and conversion.plan.cotangent is not None:
+        return (
+            "rows are drawn at the end of a chain, by a cotangent that is not this operation's own; cheapgrad.audit "
+            "measures the whole"
+        )
+    return ""
 
 
 def _norm_squared(tensor: Tensor) -> float:

@@ -140,7 +140,7 @@ def _footnotes(rows: Sequence[LayerRecord]) -> list[str]:
         notes.append(f"no bytes and FLOPs of {names}: no batch came by, or there is no model of it")
     # Layers without a product have no variance to wait for.
     with_products = [row for row in converted if row.exact_backward_flops != 0]
-    unknown = [row for row in with_products if row.weight_variance is None]
+    unknown = [row for row in with_products if row.weight_variance is None and not row.unpredicted]
     is_predicted = any(row.weight_variance is not None or row.input_variance is not None for row in converted)
     if unknown and not is_predicted:
         notes.append("relative variances appear after handle.predict(closure)")
@@ -149,6 +149,9 @@ def _footnotes(rows: Sequence[LayerRecord]) -> list[str]:
             f"no relative variance of {_enumerate(unknown)}: the weight is frozen, the closure did not come by, or "
             "there is no model of it"
         )
+    for reason in dict.fromkeys(row.unpredicted for row in converted if row.unpredicted):
+        names = _enumerate(row for row in converted if row.unpredicted == reason)
+        notes.append(f"no variance of {names} can be predicted: {reason}")
     if seen:
         notes.append(
             "bytes and FLOPs are modelled layer by layer, as if every layer needed dX and dW; a neighbour (a ReLU, a "

@@ -103,7 +103,8 @@ def sketched_fixed_map(x: Tensor, fixed_map: FixedMap) -> Tensor:
 
     **Law** The gradient is exact, bit for bit; so are second derivatives and forward mode. Held: nothing.
 
-    >>> pooling = FixedMap("average pooling over 2 axes", ((1, 2),), adds_axis=True)
+    >>> arguments = ((1, 2), (1, 2), (0, 0), False, True, None)
+    >>> pooling = FixedMap("average pooling over 2 axes", arguments, adds_axis=True)
     >>> x = torch.arange(6.0).view(1, 6).requires_grad_()
     >>> output = sketched_fixed_map(x, pooling)
     >>> output.detach(), torch.autograd.grad(output.sum(), x)[0]

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cheapgrad.convert.kinds.row_wise import RowShape, norm_saved_bytes, row_wise_kind
+from cheapgrad.convert.kinds.row_wise import RowShape, norm_saved_bytes, row_wise_kind, variance_by
 from cheapgrad.ops.chains.joining import stage_in_chain
 from cheapgrad.ops.chains.rebuilding import current_scope
 from cheapgrad.ops.chains.rms_norm_stage import RmsForm, RmsNormStage
 from cheapgrad.ops.plan import Plan
+from cheapgrad.ops.row_laws import norm_law
+from cheapgrad.sketch import StochasticRounding
+from cheapgrad.sketch.law import Law
 
 _EPS = 1e-3
 # What the smoothing term is called.
@@ -55,6 +58,15 @@ def _shape(module: Any, x: Tensor, output: Tensor) -> RowShape:
     if form is RmsForm.TORCH and x.device.type == "cuda":
         stock_bytes = rows * (features * x.element_size() + wide_bytes)
     return RowShape(rows, features, stock_bytes, wide_bytes, x.requires_grad)
+
+
+def _law(module: Any, codec: StochasticRounding) -> Law:
+    stock = module._cheapgrad.original_class
+    form, eps_name = (RmsForm.TORCH.value, "eps") if _is_torchs(stock) else _recognise(stock).split("/")
+    eps, weight = getattr(module, eps_name), module.weight
+    if eps is None:
+        eps = torch.finfo(torch.float32 if weight is None else weight.dtype).eps
+    return norm_law(codec, eps, None if weight is None else RmsForm(form).scale(weight), centred=False)
 
 
 def _is_recognised(cls: type[nn.Module]) -> bool:
@@ -105,10 +117,14 @@ def _is_torchs(cls: type[nn.Module]) -> bool:
     return issubclass(cls, nn.RMSNorm) and cls.forward is nn.RMSNorm.forward
 
 
+_variance = variance_by(_law, may_keep_input=True)
+
 RMS_NORMS = (
-    row_wise_kind(nn.RMSNorm, _run_torch, shape=_shape, saved_bytes=norm_saved_bytes, input_name="x"),
+    row_wise_kind(
+        nn.RMSNorm, _run_torch, shape=_shape, saved_bytes=norm_saved_bytes, variance=_variance, input_name="x"
+    ),
     dataclasses.replace(
-        row_wise_kind(nn.RMSNorm, _run_recognised, shape=_shape, saved_bytes=norm_saved_bytes),
+        row_wise_kind(nn.RMSNorm, _run_recognised, shape=_shape, saved_bytes=norm_saved_bytes, variance=_variance),
         name="RMSNorm of transformers",
         accepts=_is_recognised,
         input_name="hidden_states",

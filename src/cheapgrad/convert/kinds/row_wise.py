@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from cheapgrad.convert.kinds.element_wise import element_wise_kind
-from cheapgrad.convert.kinds.layer_kind import LayerKind
+from cheapgrad.convert.kinds.element_wise import element_wise_kind, no_variance
+from cheapgrad.convert.kinds.layer_kind import LayerKind, LayerUse
 from cheapgrad.ops.activations import (
     Activation,
     derivative_saved_bytes,
@@ -21,7 +22,9 @@ from cheapgrad.ops.chains.joining import is_row_wise, overwrite, stage_in_chain
 from cheapgrad.ops.chains.norm_stage import LayerNormStage
 from cheapgrad.ops.chains.rebuilding import current_scope
 from cheapgrad.ops.plan import Plan
-from cheapgrad.sketch import AbstractStrategy, LayerShape, Moment, StochasticRounding
+from cheapgrad.ops.row_laws import norm_codes_bytes, norm_law, slope_law
+from cheapgrad.sketch import AbstractStrategy, Moment, StochasticRounding, Variance
+from cheapgrad.sketch.law import Law
 
 
 def why_not_row_wise(module: nn.Module, strategy: AbstractStrategy, moment: Moment) -> str:
@@ -109,10 +112,9 @@ def _layer_norm_shape(module: Any, x: Tensor, output: Tensor) -> RowShape:
 
 def norm_saved_bytes(strategy: AbstractStrategy | None, moment: Moment, shape: RowShape) -> float:
     """Return the bytes held by a norm: PyTorch's, or a factor per row and two codes."""
-    if strategy is None:
+    if not isinstance(strategy, StochasticRounding):
         return float(shape.stock_bytes)
-    codes = strategy.law.saved_bytes(LayerShape(shape.rows, shape.features, shape.features), Moment.STORED)
-    return shape.rows * shape.root_bytes + 2 * codes
+    return norm_codes_bytes(strategy, shape.rows, shape.features, shape.root_bytes)
 
 
 def activation_shape(module: Any, x: Tensor, output: Tensor) -> RowShape:
@@ -134,32 +136,73 @@ def activation_bytes(name: str) -> Callable[[AbstractStrategy | None, Moment, Ro
     return saved_bytes
 
 
+def variance_by(law_of: Callable[[Any, StochasticRounding], Law], *, may_keep_input: bool = False) -> Any:
+    """Return the `variance` of a kind whose codes have a law of their own.
+
+    Args:
+        law_of: (module, codec) to the law.
+        may_keep_input: whether the codes are left out where an attention keeps the input anyway, as norms do.
+    """
+
+    def variance(module: Any, strategy: AbstractStrategy, moment: Moment, use: LayerUse, memory: Any) -> Variance:
+        root_use = module._cheapgrad.plan.root_use if may_keep_input else None
+        is_kept = root_use is not None and root_use.is_kept
+        if is_kept or moment is not Moment.STORED or not isinstance(strategy, StochasticRounding):
+            return no_variance(module, strategy, moment, use, memory)
+        features = use.input.shape[-1] if use.input.dim() else 1
+        matrices = (tensor.detach().reshape(-1, features) for tensor in (use.input, use.cotangent))
+        found = law_of(module, strategy).variance(*matrices, moment=moment)
+        return found if use.wants_input else Variance(torch.zeros_like(found.input), found.weight)
+
+    return variance
+
+
+def _layer_norm_law(module: Any, codec: StochasticRounding) -> Law:
+    return norm_law(codec, module.eps, module.weight, centred=True)
+
+
 def row_wise_kind(
     stock: type[nn.Module],
     run: Callable[..., Tensor],
     *,
     shape: Callable[[Any, Tensor, Tensor], Any],
     saved_bytes: Callable[[AbstractStrategy | None, Moment, Any], float],
+    variance: Callable[..., Variance] = no_variance,
     input_name: str = "input",
     draws_codes: bool = True,
 ) -> LayerKind:
     """Return the kind of a module that works row by row and multiplies nothing."""
     kind = element_wise_kind(
-        stock, run, shape=shape, saved_bytes=saved_bytes, why_not=why_not_row_wise, draws_codes=draws_codes
+        stock,
+        run,
+        shape=shape,
+        saved_bytes=saved_bytes,
+        variance=variance,
+        why_not=why_not_row_wise,
+        draws_codes=draws_codes,
     )
     return dataclasses.replace(kind, input_name=input_name, row_wise=True)
 
 
+def _activation_kind(stock: type[nn.Module], name: str, options: tuple[str, ...]) -> LayerKind:
+    activation_of = _activation_of(name, options)
+    return row_wise_kind(
+        stock,
+        _run_activation(stock, activation_of),
+        shape=activation_shape,
+        saved_bytes=activation_bytes(name),
+        variance=variance_by(lambda module, codec: slope_law(activation_of(module), codec)),
+        draws_codes=Activation(name).slope_kind == "smooth",
+    )
+
+
 ROW_WISE = (
-    row_wise_kind(nn.LayerNorm, _run_layer_norm, shape=_layer_norm_shape, saved_bytes=norm_saved_bytes),
-    *(
-        row_wise_kind(
-            stock,
-            _run_activation(stock, _activation_of(name, options)),
-            shape=activation_shape,
-            saved_bytes=activation_bytes(name),
-            draws_codes=Activation(name).slope_kind == "smooth",
-        )
-        for stock, (name, options) in _ACTIVATIONS.items()
+    row_wise_kind(
+        nn.LayerNorm,
+        _run_layer_norm,
+        shape=_layer_norm_shape,
+        saved_bytes=norm_saved_bytes,
+        variance=variance_by(_layer_norm_law, may_keep_input=True),
     ),
+    *(_activation_kind(stock, name, options) for stock, (name, options) in _ACTIVATIONS.items()),
 )

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cheapgrad.convert.kinds.layer_kind import LayerKind
-from cheapgrad.convert.kinds.row_wise import activation_bytes, activation_shape, row_wise_kind
+from cheapgrad.convert.kinds.row_wise import activation_bytes, activation_shape, row_wise_kind, variance_by
 from cheapgrad.ops.activations import Activation
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.joining import stage_in_chain
 from cheapgrad.ops.plan import Plan
+from cheapgrad.ops.row_laws import slope_law
 
 _TANH = Activation("gelu", (("approximate", "tanh"),))
 # Class -> what it computes.
@@ -49,6 +50,7 @@ def _kind(name: str, activation: Activation) -> LayerKind:
         functools.partial(_run, activation),
         shape=activation_shape,
         saved_bytes=activation_bytes(activation.name),
+        variance=variance_by(lambda module, codec: slope_law(activation, codec)),
     )
     return dataclasses.replace(kind, name=name, accepts=functools.partial(_is_named, name=name))
 

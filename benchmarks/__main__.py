@@ -15,6 +15,7 @@ from rich.table import Table
 from benchmarks.audit import measure_audits
 from benchmarks.bias import measure_bias, measure_debiased_steps
 from benchmarks.codec import measure_codecs
+from benchmarks.control import measure_control
 from benchmarks.curvature import measure_curvature
 from benchmarks.environment import describe_environment
 from benchmarks.laplace import measure_laplace
@@ -44,6 +45,7 @@ _NAMES = (
     "audit",
     "theory",
     "plan",
+    "control",
 )
 
 
@@ -67,6 +69,7 @@ def main() -> None:
     )
     parser.add_argument("--compiled", action="store_true", help="networks: measure compiled steps too (minutes)")
     parser.add_argument("--network", action="append", default=[], help="networks: only those with this in their name")
+    parser.add_argument("--steps", type=int, default=400, help="control: training steps (default: 400)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="JSON lines are appended here")
     arguments = parser.parse_args()
@@ -105,6 +108,8 @@ def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]
         return measure_bias(splits=300)
     if name == "audit":
         return measure_audits()
+    if name == "control":
+        return measure_control(data=arguments.data, steps=arguments.steps, windows=8, rounds=arguments.rounds)
     if name == "networks":
         return measure_networks(rounds=arguments.rounds, compiled=arguments.compiled, names=arguments.network)
     if name == "published":

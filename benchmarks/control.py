@@ -1,29 +1,54 @@
-"""The controller's word: its target against noise measured by Monte Carlo, and what it costs.
-
-Run as ``python -m benchmarks.control``; prints one line of JSON per figure.
-"""
+"""The controller's word: its target against noise measured by Monte Carlo all through a training, and what it costs."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
 import cheapgrad
+from benchmarks.pictures import Patches, load_patches
 from benchmarks.vision_transformer import VisionTransformer
+from cheapgrad.planning.controller_trial import Look, Trial, TrialDesign
 from cheapgrad.sketch import RowSample
 
-BATCH, TARGET = 64, 0.05
+BATCH, TARGET, EVERY = 64, 0.05, 32
+LARGEST_DEVIATION, LARGEST_OVERHEAD = 0.2, 0.02
+# Two-sided 95 % of a normal.
+_BAND = 1.96
+# Steps after which the period between trials is at its longest, and the fixed seed of what is measured apart.
+_SETTLED, _SEED = 32 * 16, 5
 
 
-def make_patches() -> tuple[Tensor, Tensor]:
+def measure_control(*, data: Path | None, steps: int, windows: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield ω by window of training on a transformer and a perceptron, then the time that control takes."""
+    digits = _digits()
+    transformer, rule = VisionTransformer(64, 3, 16, 4, 10, 16), cheapgrad.Rule("blocks.*", cotangent=RowSample(0.5))
+    yield from _follow("transformer, digits", transformer, rule, digits, steps, windows)
+    perceptron = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+    )
+    yield from _follow(
+        "perceptron, digits", perceptron, cheapgrad.Rule(cotangent=RowSample(0.5)), digits, steps, windows
+    )
+    if data is not None:
+        patches = load_patches(data)
+        model = VisionTransformer(96, 3, patches.inputs.shape[1], patches.inputs.shape[2], 10, 32)
+        yield from _follow(f"transformer, {patches.name}", model, rule, patches, steps, windows)
+    yield time_overhead(rounds)
+
+
+def _digits() -> Patches:
     """Return digits as 16 patches each, with noise on pixels and on 15 % of the labels: the loss stays away from 0."""
     pixels, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
     generator = torch.Generator().manual_seed(1)
@@ -31,86 +56,145 @@ def make_patches() -> tuple[Tensor, Tensor]:
     patches = images.unfold(1, 2, 2).unfold(2, 2, 2).reshape(-1, 16, 4)
     flipped = torch.rand(len(labels), generator=generator) < 0.15
     labels = torch.where(flipped, torch.randint(0, 10, labels.shape, generator=generator), labels)
-    return patches + 0.2 * torch.randn(patches.shape, generator=generator), labels
+    return Patches("digits", patches + 0.2 * torch.randn(patches.shape, generator=generator), labels)
 
 
-def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    loss = functional.cross_entropy(model(x), y)
+def _follow(
+    name: str, model: nn.Module, rule: cheapgrad.Rule, patches: Patches, steps: int, windows: int
+) -> Iterator[dict[str, Any]]:
+    """Train under control from the start; measure at every step, on batches of their own; sum up by window.
+
+    ω of a window is the sum of the added variances at its steps over the sum of the mini-batch variances, on the
+    weights of the controlled layers, at the very budgets in force, trials included.
+    """
+    handle = cheapgrad.approximate(model, rule, skip_small=False)
+    controller = cheapgrad.Controller(handle, TARGET, every=EVERY)
+    layers = (model.get_submodule(layer) for layer in controller.keeps)
+    weights = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    generator, seen, estimates = torch.Generator().manual_seed(_SEED), [], []
+    for step in track(range(1, steps + 1), description=name, transient=True):
+        seen.append(_measure_step(model, handle, patches, weights, generator))
+        index = torch.randint(0, len(patches.labels), (BATCH,))
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(patches.inputs[index]), patches.labels[index])
+        loss.backward()
+        optimizer.step()
+        controller.step()
+        estimates.append(controller.noise)
+        if step * windows % steps < windows:
+            omega, error = _ratio_of_sums(torch.tensor(seen, dtype=torch.float64))
+            yield {
+                "benchmark": "control",
+                "method": name,
+                "steps": f"{step - len(seen) + 1}-{step}",
+                "loss": loss.item(),
+                "keep": controller.keep,
+                "estimate": sum(estimates) / len(estimates),
+                "omega": omega,
+                "low": omega - _BAND * error,
+                "high": omega + _BAND * error,
+                "target_low": TARGET * (1 - LARGEST_DEVIATION),
+                "target_high": TARGET * (1 + LARGEST_DEVIATION),
+            }
+            seen, estimates = [], []
+    handle.revert()
+
+
+def _measure_step(
+    model: nn.Module, handle: cheapgrad.Handle, patches: Patches, weights: list[Tensor], generator: torch.Generator
+) -> tuple[float, float]:
+    """Return the added variance at the strategies in force, and the mini-batch variance, from two fresh batches."""
+    in_force, random_state = handle.strategies(), torch.random.get_rng_state()
+    torch.manual_seed(int(torch.randint(0, 2**31, (), generator=generator)))
+    exact, added = [], 0.0
+    for _ in range(2):
+        index = torch.randint(0, len(patches.labels), (BATCH,))
+        with handle.exact():
+            exact.append(_gradient(model, patches, index, weights))
+        handle.replace_strategies(_without_watching(in_force))
+        added += (_gradient(model, patches, index, weights) - exact[-1]).square().sum().item() / 2
+        handle.replace_strategies(in_force)
+    torch.random.set_rng_state(random_state)
+    return added, (exact[0] - exact[1]).square().sum().item() / 2
+
+
+def _without_watching(strategies: dict[str, Any]) -> dict[str, Any]:
+    """Return the same strategies with a trial of their own, so that the controller's does not see what is measured."""
+    trial = Trial(torch.initial_seed() % 2**31, lambda: BATCH)
+    return {name: _give_trial(value, trial) for name, value in strategies.items()}
+
+
+def _give_trial(strategy: Any, trial: Trial) -> Any:
+    design = strategy.design
+    if not isinstance(design, TrialDesign):
+        return strategy
+    if design.trial.look is Look.HALVES:
+        return dataclasses.replace(strategy, design=dataclasses.replace(design, trial=trial))
+    return dataclasses.replace(strategy, design=design.base)
+
+
+def _gradient(model: nn.Module, patches: Patches, index: Tensor, weights: list[Tensor]) -> Tensor:
+    loss = functional.cross_entropy(model(patches.inputs[index]), patches.labels[index])
     return torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)])
 
 
-def measure_noise(model: nn.Module, handle: cheapgrad.Handle, x: Tensor, y: Tensor, batches: int = 60) -> float:
-    """Return added variance over mini-batch variance, by Monte Carlo on batches of their own."""
-    generator, exact, added = torch.Generator().manual_seed(5), [], []
-    for _ in range(batches):
-        index = torch.randint(0, len(x), (BATCH,), generator=generator)
-        with handle.exact():
-            exact.append(_gradient(model, x[index], y[index]))
-        for _ in range(3):
-            added.append((_gradient(model, x[index], y[index]) - exact[-1]).square().sum())
-    return float(torch.stack(added).mean() / torch.stack(exact).var(0).sum())
+def _ratio_of_sums(pairs: Tensor) -> tuple[float, float]:
+    """Return the ratio of the two sums, and its standard error by leaving out one step at a time."""
+    sums, count = pairs.sum(0), len(pairs)
+    left_out = sums - pairs
+    ratios = left_out[:, 0] / left_out[:, 1]
+    error = math.sqrt((count - 1) / count * float((ratios - ratios.mean()).square().sum()))
+    return float(sums[0] / sums[1]), error
 
 
-def follow_target(steps: int = 400, checkpoints: int = 4) -> Iterator[dict[str, Any]]:
-    """Train under control; yield target, estimate and measured noise at checkpoints."""
-    torch.manual_seed(0)
-    x, y = make_patches()
-    model = VisionTransformer(64, 3, 16, 4, 10, 16)
-    handle = cheapgrad.approximate(model, cheapgrad.Rule(cotangent=RowSample(0.5)), skip_small=False)
-    controller = cheapgrad.Controller(handle, TARGET, every=8)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(1, steps + 1):
-        index = torch.randint(0, len(x), (BATCH,))
-        optimizer.zero_grad()
-        functional.cross_entropy(model(x[index]), y[index]).backward()
-        optimizer.step()
-        controller.step()
-        if step % (steps // checkpoints) == 0:
-            state, random_state = controller.state_dict(), torch.random.get_rng_state()
-            handle.replace_strategies({name: RowSample(keep) for name, keep in controller.keeps.items()})
-            yield {
-                "step": step,
-                "target": TARGET,
-                "estimated": controller.noise,
-                "measured": measure_noise(model, handle, x, y),
-                "keep": controller.keep,
-            }
-            torch.random.set_rng_state(random_state)
-            controller.load_state_dict(state)
+def time_overhead(rounds: int) -> dict[str, Any]:
+    """Return the time of a step under control over that of one with the same budgets fixed, width 192, batch 128.
 
-
-def time_overhead(rounds: int = 3, steps: int = 32) -> dict[str, float]:
-    """Return the time of a period of 32 steps under control over that with fixed budgets, width 192, batch 128."""
-    torch.manual_seed(0)
+    Every kind of step is timed against a fixed one, in turn, and weighs as often as it comes in a period.
+    """
     model = VisionTransformer(192, 4)
     x, y = torch.randn(128, 64, 48), torch.randint(0, 10, (128,))
     handle = cheapgrad.approximate(model, cheapgrad.Rule(cotangent=RowSample(0.5)))
-    controller = cheapgrad.Controller(handle, 0.2)
+    controller = cheapgrad.Controller(handle, TARGET, every=EVERY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def run(is_controlled: bool) -> float:
         start = time.perf_counter()
+        optimizer.zero_grad()
         functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
         if is_controlled:
             controller.step()
         return time.perf_counter() - start
 
-    for _ in range(steps + 1):
+    for _ in range(3):
         run(True)
-    ratios = []
-    for _ in range(rounds):
-        controlled = fixed = 0.0
-        for _ in range(steps):
-            controlled += run(True)
-            state = controller.state_dict()
+    ratios: dict[str, list[float]] = {}
+    kinds = [_kind_at(controller, _SETTLED + step) for step in range(EVERY)]
+    places = {kind: kinds.index(kind) for kind in kinds}
+    for _ in track(range(rounds), description="overhead", transient=True):
+        for kind, place in places.items():
+            _move_to(controller, _SETTLED + place)
+            controlled = run(True)
             handle.replace_strategies({name: RowSample(keep) for name, keep in controller.keeps.items()})
-            fixed += run(False)
-            controller.load_state_dict(state)
-        ratios.append(controlled / fixed)
-    return {"overhead": statistics.median(ratios) - 1, "least": min(ratios) - 1, "most": max(ratios) - 1}
+            ratios.setdefault(kind, []).append(controlled / run(False))
+    medians = {kind: statistics.median(values) for kind, values in ratios.items()}
+    overhead = sum(kinds.count(kind) * (median - 1) for kind, median in medians.items()) / EVERY
+    return {
+        "benchmark": "control",
+        "method": "overhead",
+        "overhead": overhead,
+        **{f"step {kind}": median for kind, median in medians.items()},
+        "target_overhead": LARGEST_OVERHEAD,
+    }
 
 
-if __name__ == "__main__":
-    for record in follow_target():
-        print(json.dumps(record), flush=True)
-    print(json.dumps(time_overhead()), flush=True)
+def _move_to(controller: cheapgrad.Controller, step: int) -> None:
+    controller.load_state_dict(controller.state_dict() | {"step": step})
+
+
+def _kind_at(controller: cheapgrad.Controller, step: int) -> str:
+    _move_to(controller, step)
+    look = controller._look()
+    return "plain" if look is None else look.name.lower()

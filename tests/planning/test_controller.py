@@ -13,10 +13,10 @@ import cheapgrad
 from cheapgrad.auditing import measure_gradient_moments
 from cheapgrad.errors import BudgetError, ControlError, NoMatchError, PlacementError
 from cheapgrad.planning.controller import Controller
-from cheapgrad.planning.controller_law import NoiseSchedule, find_shift, relative_variance, shift_keep
-from cheapgrad.planning.controller_trial import KEEPS, Trial, TrialDesign, draw_curve
+from cheapgrad.planning.controller_curve import KEEPS, draw_curve, relative_variance
+from cheapgrad.planning.controller_law import NoiseSchedule, find_shift, round_keep, shift_keep
+from cheapgrad.planning.controller_trial import Trial, TrialDesign
 from cheapgrad.sketch import ColumnSample, RowSample, Systematic, minimum_variance
-from cheapgrad.sketch.budget import count_kept
 
 B, T, D = 24, 6, 16
 
@@ -119,11 +119,21 @@ def test_trials_leave_the_gradient_unbiased() -> None:
 
 
 def test_a_curve_is_the_least_variance_at_every_budget() -> None:
-    scores = torch.rand(50, generator=torch.Generator().manual_seed(2), dtype=torch.float64) ** 2
+    # A hundred fractions of 200 rows are whole numbers, as the oracle needs them.
+    scores = torch.rand(200, generator=torch.Generator().manual_seed(2), dtype=torch.float64) ** 4
+    scores[:20] = 0
     *curve, squared_norm = draw_curve(scores)
-    expected = [minimum_variance(scores, count_kept(keep, 50)) for keep in KEEPS]
-    torch.testing.assert_close(torch.stack(curve), torch.stack(expected), rtol=1e-12, atol=1e-14)
+    expected = [minimum_variance(scores, round(keep * 200)) for keep in KEEPS]
+    torch.testing.assert_close(torch.stack(curve), torch.stack(expected), rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(squared_norm, scores.square().sum())
+
+
+def test_whole_numbers_of_rows_take_turns_so_that_noise_is_right_on_average() -> None:
+    kept = [round(64 * round_keep(0.7361, 64, step, 2)) for step in range(2000)]
+    assert set(kept) == {47, 48}
+    assert sum(kept) / 2000 == pytest.approx(0.7361 * 64, abs=0.01)
+    assert round_keep(0.7361, None, 3, 2) == 0.7361
+    assert round_keep(0.001, 64, 3, 2) == 1 / 64
 
 
 @pytest.mark.parametrize("keep", [0.95, 0.5, 0.31, 0.07])

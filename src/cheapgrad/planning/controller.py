@@ -13,24 +13,38 @@ from torch import Tensor, distributed
 from cheapgrad.convert import Handle
 from cheapgrad.errors import ControlError, check_count, check_fraction
 from cheapgrad.planning.adam_correction import adam_learning_rate_factor
-from cheapgrad.planning.controller_law import NoiseSchedule, check_noise, find_shift, predict_noise, shift_keep
-from cheapgrad.planning.controller_trial import KEEPS, TOTALS, Trial, TrialDesign
+from cheapgrad.planning.controller_curve import KEEPS
+from cheapgrad.planning.controller_law import (
+    NoiseSchedule,
+    check_noise,
+    find_shift,
+    predict_noise,
+    round_keep,
+    shift_keep,
+)
+from cheapgrad.planning.controller_pass import TOTALS
+from cheapgrad.planning.controller_trial import Look, Trial, TrialDesign
 from cheapgrad.sketch import LayerShape, RowSample
 
 # A trial at each of the first steps, then at every second one, then at every `every`-th.
 _DENSE_STEPS, _HALF_DENSE_STEPS = 8, 32
+# Later their period grows with the training: at step n it is no longer than n over this.
+_STEPS_PER_PERIOD, _SPARSE_PERIOD = 12, 8
 # What is known before a trial: noise over the predicted noise, and how many trials' worth that is.
-_USUAL_CALIBRATION, _USUAL_WEIGHT = 1.2, 8.0
-_CALIBRATIONS = (0.5, 4.0)
-# Memory: of the calibration, which moves slowly, in trials; of the cotangents' sizes, in trials and looks.
-_CALIBRATION_TRIALS, _LAYER_TRIALS, _CURVE_TRIALS = 16, 6, 4
-# The sampled half of a trial is noisier than the target by this factor, so that the difference can be seen.
-_TRIAL_FACTOR = 4.0
-# Memory of the trend of those sizes; how many times the trend a trial may weigh, as a logarithm.
-_TREND_TRIALS, _LARGEST_WEIGHT = 4, 2.0
+_USUAL_CALIBRATION, _USUAL_NOISE = 1.2, 0.5
+_CALIBRATIONS = (0.25, 8.0)
+# Memory: of the calibration, which moves slowly, in trials; of the layers' own noise and the draws' curves, in looks.
+_CALIBRATION_TRIALS, _LAYER_LOOKS, _CURVE_LOOKS = 16, 6, 4
+# The sampled half of a trial is noisier than the target by this factor, so that the difference can be seen; at first,
+# when trials are frequent, by the factor at which half a batch adds as much as the target.
+_TRIAL_FACTOR, _DENSE_TRIAL_FACTOR = 4.0, 2.0
+# Memory of the trend of cotangents' sizes; how many times the trend a look may weigh, as a logarithm.
+_TREND_LOOKS, _LARGEST_WEIGHT = 4, 2.0
 _MISSES_ALLOWED = 3
-# Looks at the cotangents' sizes between two trials.
-_LOOKS = 16
+# Looks between two trials: at the draws' curves, and at the layers' noise.
+_CURVE_LOOKS_BETWEEN, _LAYER_LOOKS_BETWEEN = 16, 4
+# Budgets of fewer rows than this, kept or left out, take turns between two whole numbers.
+_FEW_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -126,6 +140,8 @@ class Controller:
         self._misses = 0
         self._measured: float | None = None
         self._totals = torch.zeros(len(TOTALS), dtype=torch.float64)
+        self._totals[1:3] = torch.tensor([_USUAL_CALIBRATION * _USUAL_NOISE, _USUAL_NOISE], dtype=torch.float64)
+        self._rows: dict[str, int] = {}
         self._log_size: float | None = None
         self._curves: dict[str, Tensor] = {}
         self._layers: dict[str, Tensor] = {}
@@ -157,8 +173,7 @@ class Controller:
     def calibration(self) -> float:
         """Measured noise over what the draws alone predict; near 1 where the noise of a layer reaches no other."""
         gain, predicted = float(self._totals[1]), float(self._totals[2])
-        value = (gain + _USUAL_WEIGHT * _USUAL_CALIBRATION) / (predicted + _USUAL_WEIGHT)
-        return min(max(value, _CALIBRATIONS[0]), _CALIBRATIONS[1])
+        return min(max(gain / predicted, _CALIBRATIONS[0]), _CALIBRATIONS[1])
 
     @property
     def adam_learning_rate_factor(self) -> float:
@@ -172,6 +187,8 @@ class Controller:
             ControlError: if several trials in a row showed nothing; the message says why.
             ConversionError: if the handle was reverted.
         """
+        sizes = self._handle.seen_sizes()
+        self._rows = {name: shape.rows for name in self._base if isinstance(shape := sizes[name], LayerShape)}
         if self._trial is not None:
             self._take_in(self._trial)
         self._step += 1
@@ -190,6 +207,7 @@ class Controller:
             "noise": self._measured,
             "log_size": self._log_size,
             "totals": self._totals.clone(),
+            "rows": dict(self._rows),
             "curves": {layer: curve.clone() for layer, curve in self._curves.items()},
             "layers": {layer: pair.clone() for layer, pair in self._layers.items()},
             "keeps": {layer: strategy.keep for layer, strategy in self._base.items()},
@@ -213,7 +231,7 @@ class Controller:
             )
         self._step, self._shift, self._misses = state["step"], state["shift"], state["misses"]
         self._measured, self._log_size = state["noise"], state["log_size"]
-        self._totals = state["totals"].clone().cpu()
+        self._totals, self._rows = state["totals"].clone().cpu(), dict(state["rows"])
         self._curves = {layer: curve.clone().cpu() for layer, curve in state["curves"].items()}
         self._layers = {layer: pair.clone().cpu() for layer, pair in state["layers"].items()}
         self.history = [ControlRecord(**record) for record in state["history"]]
@@ -222,42 +240,55 @@ class Controller:
     def _keeps(self, shift: float) -> dict[str, float]:
         return {name: shift_keep(value.keep, shift, self._least_keep) for name, value in self._base.items()}
 
-    def _is_trial(self) -> bool:
+    def _look(self) -> Look | None:
+        """Return what is looked at in the present step."""
         if self._misses or self._step < _DENSE_STEPS:
-            return True
-        return self._step % (2 if self._step < _HALF_DENSE_STEPS else self._every) == 0
+            return Look.HALVES
+        if self._step < _HALF_DENSE_STEPS:
+            return Look.HALVES if self._step % 2 == 0 else Look.LAYERS
+        period = self._period()
+        for look, looks in ((Look.HALVES, 1), (Look.LAYERS, _LAYER_LOOKS_BETWEEN), (Look.CURVES, _CURVE_LOOKS_BETWEEN)):
+            if self._step % max(1, period // looks) == 0:
+                return look
+        return None
+
+    def _period(self) -> int:
+        """Return the steps between trials: a power of two that grows with the training, up to `every`."""
+        return min(self._every, 2 ** max(1, (self._step // _STEPS_PER_PERIOD).bit_length() - 1))
+
+    def _trial_factor(self) -> float:
+        return _DENSE_TRIAL_FACTOR if self._period() < _SPARSE_PERIOD else _TRIAL_FACTOR
+
+    def _usual_target(self) -> float:
+        """Return the target between trials, lower by what trials add beyond it: half of the batch, noisier."""
+        return self.target * max(1 - (self._trial_factor() / 2 - 1) / self._period(), 0.5)
 
     def _prepare(self) -> None:
         """Set the strategies of the next step."""
-        self._trial, keeps = None, self.keeps
-        if self._is_trial():
-            self._trial = Trial(self._seed + 0x9E3779B1 * (self._step + 1), self._count_examples)
-            keeps = self._keeps(self._find_shift(_TRIAL_FACTOR * self.target) if self._curves else self._shift)
-        elif self._step < _HALF_DENSE_STEPS or self._step % max(1, self._every // _LOOKS) == 0:
-            self._trial = Trial(0, self._count_examples, frozenset(self._curves))
-        elif self._is_set():
-            return
-        designs = {
-            name: value.design
-            if self._trial is None
-            else TrialDesign(value.design, self._trial, name, self.keeps[name])
-            for name, value in self._base.items()
-        }
-        self._handle.replace_strategies(
-            {
-                name: dataclasses.replace(value, keep=keeps[name], design=designs[name])
-                for name, value in self._base.items()
+        look, keeps = self._look(), self.keeps
+        designs = {name: value.design for name, value in self._base.items()}
+        self._trial = None
+        if look is not None:
+            layers = frozenset(self._curves) if look is Look.CURVES else None
+            self._trial = Trial(self._seed + 0x9E3779B1 * (self._step + 1), self._count_examples, look, layers)
+            designs = {
+                name: TrialDesign(value.design, self._trial, name, keeps[name]) for name, value in self._base.items()
             }
-        )
+        if look is Look.HALVES and self._curves:
+            keeps = self._keeps(self._find_shift(self._trial_factor() * self.target))
+        present = self._handle.strategies()
+        wanted = {
+            name: dataclasses.replace(value, keep=self._round(name, keeps[name], place), design=designs[name])
+            for place, (name, value) in enumerate(self._base.items())
+        }
+        if self._trial is not None or any(present.get(name) != value for name, value in wanted.items()):
+            self._handle.replace_strategies(wanted)
 
-    def _is_set(self) -> bool:
-        present, keeps = self._handle.strategies(), self.keeps
-        return all(
-            isinstance(value := present.get(name), RowSample)
-            and value.keep == keeps[name]
-            and not isinstance(value.design, TrialDesign)
-            for name in self._base
-        )
+    def _round(self, name: str, keep: float, place: int) -> float:
+        """Return a whole number of rows as a fraction, where a fraction of N rows is a coarse thing."""
+        rows = self._rows.get(name)
+        is_coarse = rows is not None and rows * min(keep, 1 - keep) < _FEW_ROWS
+        return round_keep(keep, rows, self._step, place) if is_coarse else keep
 
     def _count_examples(self) -> int | None:
         """Return B of the last forward pass: the fewest blocks that any controlled layer's rows form."""
@@ -272,7 +303,8 @@ class Controller:
 
     def _take_in(self, trial: Trial) -> None:
         totals, curves, layers = self._share(trial)
-        if trial.compares and totals[0] == 0:
+        compares = trial.look is Look.HALVES
+        if compares and totals[0] == 0:
             self._misses += 1
             if self._misses >= _MISSES_ALLOWED:
                 raise ControlError(
@@ -280,19 +312,31 @@ class Controller:
                     "after each optimizer step, train eagerly and in training mode, with the batch as the first axis"
                 )
             return
+        if not compares:
+            curves = {layer: curve for layer, curve in curves.items() if layer in self._curves}
+            layers = {layer: pair for layer, pair in layers.items() if layer in self._curves}
         if not curves:
             return
-        if trial.compares:
+        if compares:
             self._misses = 0
             self._totals = self._totals * (1 - 1 / _CALIBRATION_TRIALS) + totals
             self._curves = {layer: curve for layer, curve in self._curves.items() if layer in curves}
-            kept = 1 - 1 / _LAYER_TRIALS
-            self._layers = {layer: pair + kept * self._layers.get(layer, 0) for layer, pair in layers.items()}
+            self._layers = {layer: pair for layer, pair in self._layers.items() if layer in curves}
+        self._add_layers(layers, compares)
         self._add_curves(curves)
         used = self._noise_at(self._shift)
-        self._shift = self._find_shift(self.target)
+        self._shift = self._find_shift(self._usual_target())
         self._measured = self._noise_at(self._shift)
         self.history.append(ControlRecord(self._step, self.target, used, self.calibration, self.keep))
+
+    def _add_layers(self, layers: dict[str, Tensor], compares: bool) -> None:
+        """Add the layers' own noise; where no example kept all rows, it is relative to noisy gradients."""
+        total = self.calibration * sum(float(pair[0]) for pair in layers.values())
+        scale = 1.0 if compares else 1 / (1 - min(total, 0.8))
+        kept = 1 - 1 / _LAYER_LOOKS
+        for layer, pair in layers.items():
+            scaled = torch.stack([pair[0] * scale, pair[1]])
+            self._layers[layer] = scaled + kept * self._layers[layer] if layer in self._layers else scaled
 
     def _add_curves(self, curves: dict[str, Tensor]) -> None:
         """Add curves to those of earlier trials, each in units of how large cotangents are at the time.
@@ -302,8 +346,8 @@ class Controller:
         """
         log_size = math.log(max(sum(float(curve[-1]) for curve in curves.values()), 1e-300))
         trend = log_size if self._log_size is None else self._log_size
-        self._log_size = trend + (log_size - trend) / _TREND_TRIALS
-        kept = 1 - 1 / _CURVE_TRIALS
+        self._log_size = trend + (log_size - trend) / _TREND_LOOKS
+        kept = 1 - 1 / _CURVE_LOOKS
         for layer, curve in curves.items():
             scaled = curve * math.exp(min(log_size - trend, _LARGEST_WEIGHT) - log_size)
             self._curves[layer] = scaled + kept * self._curves[layer] if layer in self._curves else scaled

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cheapgrad.errors import ControlError
-from cheapgrad.planning.controller_trial import KEEPS
+from cheapgrad.planning.controller_curve import relative_variance
 
 # Bisection steps: budgets to eight digits.
 _HALVINGS = 40
 _LARGEST_SHIFT = 12.0
+# Multiples of the first are spread over the unit interval most evenly; of both, over the square.
+_GOLDEN_RATIO, _OTHER_RATIO = 0.6180339887498949, 0.7548776662466927
 
 
 @dataclass(frozen=True)
@@ -73,24 +75,23 @@ def shift_keep(keep: float, shift: float, least_keep: float) -> float:
     return max(least_keep, 1.0 if math.isinf(odds) else odds / (1 + odds))
 
 
-def relative_variance(curve: Tensor, keep: float) -> float:
-    """Return a draw's relative variance at a keep fraction, linear in ``1 / keep`` between those of `KEEPS`.
+def round_keep(keep: float, rows: int | None, step: int, place: int) -> float:
+    """Return `keep` as a whole number of rows: of the two nearest, each as often over the steps as it is near.
 
     Args:
-        curve: variances at `KEEPS` and the squared norm they are relative to, shape ``[len(KEEPS) + 1]``.
         keep: in (0, 1].
+        rows: N, or None to leave `keep` as it is.
+        step: takes turns, by the fractions of multiples of the golden ratio.
+        place: lets layers take turns at different steps.
+
+    >>> sum(round_keep(0.33, 10, step, 0) for step in range(1000)) / 1000
+    0.33
     """
-    *variances, squared_norm = curve.tolist()
-    if squared_norm <= 0:
-        return 0.0
-    last = len(KEEPS) - 1
-    upper = next((place for place, known in enumerate(KEEPS) if known <= keep), last)
-    lower = max(upper - 1, 0)
-    if upper == lower:
-        return variances[upper] / squared_norm
-    start, end = 1 / KEEPS[lower], 1 / KEEPS[upper]
-    share = (1 / max(keep, KEEPS[last]) - start) / (end - start)
-    return (variances[lower] + share * (variances[upper] - variances[lower])) / squared_norm
+    if rows is None:
+        return keep
+    lower = math.floor(keep * rows)
+    turn = (step * _GOLDEN_RATIO + place * _OTHER_RATIO) % 1
+    return min(max(lower + (keep * rows - lower > turn), 1), rows) / rows
 
 
 def predict_noise(curves: Mapping[str, Tensor], keeps: Mapping[str, float], weights: Mapping[str, float]) -> float:

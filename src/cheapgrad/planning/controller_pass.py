@@ -1,0 +1,235 @@
+"""What one measured backward pass shows: of halves that are drawn from and are not, or of all examples alike."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cheapgrad.planning.controller_curve import draw_curve
+from cheapgrad.planning.controller_gradients import Factors, at_least_single
+from cheapgrad.sketch.budget import count_kept
+from cheapgrad.sketch.water_filling import minimum_variance, water_filling
+
+#: Names of the numbers that a comparison of halves adds up, in the order of `HalvesPass.totals`.
+TOTALS = ("passes", "gain", "predicted_gain", "exact", "mean", "shared", "predicted_noise")
+# Pairs of examples whose gradients are measured in a pass.
+_MOST_PAIRS = 32
+# Layers are weighed by their noise at their budget, or at this one: at a full budget there is none to be seen.
+_LARGEST_KEEP = 0.9
+_TINY = 1e-300
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A draw of rows.
+
+    Attributes:
+        index_K: of the kept rows.
+        weight_K: 1 / p of the kept rows.
+        rows: how many rows an example has.
+        is_once: no row is there twice.
+    """
+
+    index_K: Tensor
+    weight_K: Tensor
+    rows: int
+    is_once: bool
+
+
+class AbstractPass(abc.ABC):
+    """One backward pass.
+
+    Attributes:
+        examples: B, how many examples the batch has.
+        curves: for each layer its draw's variance by budget; see `draw_curve`.
+    """
+
+    def __init__(self, examples: int, generator: torch.Generator) -> None:
+        self.examples = examples
+        self._generator = generator
+        self.curves: dict[str, Tensor] = {}
+        self._noise_and_variance: dict[str, Tensor] = {}
+
+    @property
+    @abc.abstractmethod
+    def _size(self) -> Tensor:
+        """Return the squared gradients that noise is relative to."""
+
+    def layers(self) -> dict[str, Tensor]:
+        """Return each layer's local noise relative to the squared gradients, and its draw's relative variance."""
+        size = self._size.clamp_min(_TINY)
+        return {layer: torch.stack([pair[0] / size, pair[1]]).cpu() for layer, pair in self._noise_and_variance.items()}
+
+    def totals(self) -> Tensor:
+        """Return the pass's share of `TOTALS`."""
+        return torch.zeros(len(TOTALS), dtype=torch.float64)
+
+    def _see_scores(self, layer: str, scores: Tensor) -> None:
+        self.curves[layer] = self.curves.get(layer, 0) + draw_curve(scores)
+
+    def _note(self, layer: str, noise: Tensor, variance: Tensor) -> None:
+        pair = torch.stack([noise, variance])
+        self._noise_and_variance[layer] = self._noise_and_variance.get(layer, 0) + pair
+
+
+class AllPass(AbstractPass):
+    """A pass in which all examples are drawn from as at any other step: how noisy each layer's draw is by itself."""
+
+    def __init__(self, examples: int, generator: torch.Generator, device: torch.device) -> None:
+        super().__init__(examples, generator)
+        self._squares = torch.zeros(examples, dtype=torch.float64, device=device)
+
+    @property
+    def _size(self) -> Tensor:
+        return self._squares.sum()
+
+    def see_draw(self, layer: str, scores: Tensor, count: int) -> None:
+        """Take in the scores of a draw of `count` rows."""
+        self._see_scores(layer, scores)
+        variance = minimum_variance(scores, count) / scores.square().sum().clamp_min(_TINY)
+        self._note(layer, torch.zeros_like(variance), variance)
+
+    def see_product(self, layer: str, factors: Factors, weight_K: Tensor) -> None:
+        """Take in the factors of a weight's gradient on the drawn rows."""
+        # Horvitz and Thompson's estimate of Σ (1/p - 1) ‖g‖² ‖x‖²: the rows have the weight 1/p in them already.
+        noise = ((1 - 1 / weight_K) * factors.row_squares()).sum()
+        self._note(layer, noise, torch.zeros_like(noise))
+        self._squares += factors.example_squares(self._generator)
+
+
+class HalvesPass(AbstractPass):
+    """A pass in which half of the examples keep all rows.
+
+    Examples are paired with the one nearest in size, by the cotangent where it enters; a coin decides which of the two
+    keeps all rows.
+    """
+
+    def __init__(self, scores_BN: Tensor, generator: torch.Generator) -> None:
+        super().__init__(scores_BN.shape[0], generator)
+        sizes_B = scores_BN.square().sum(1)
+        pairs = self.examples // 2
+        ordered = sizes_B.argsort(descending=True, stable=True)[: 2 * pairs].view(pairs, 2)
+        coins = torch.randint(0, 2, (pairs, 1), generator=generator).to(ordered.device)
+        exact, sampled = ordered.gather(1, coins).squeeze(1), ordered.gather(1, 1 - coins).squeeze(1)
+        self.is_exact = torch.zeros(self.examples, dtype=torch.bool, device=ordered.device)
+        self.is_exact[exact] = True
+        chosen = torch.randperm(pairs, generator=generator)[:_MOST_PAIRS].to(ordered.device)
+        self._measured = torch.cat([exact[chosen], sampled[chosen]])
+        self._place = torch.full((self.examples,), -1, device=ordered.device)
+        self._place[self._measured] = torch.arange(len(self._measured), device=ordered.device)
+        self._sizes = sizes_B[self._measured].view(2, -1)
+        self._shares: Tensor | None = None
+        self._squares = torch.zeros_like(self._sizes)
+        # Of the sampled half at the trial's budgets, from what was drawn; of the exact half at the usual ones.
+        self._drawn_noise = torch.zeros_like(self._sizes[0])
+        self._usual_noise = self._sizes.new_zeros(())
+        self._drawn: tuple[str, Tensor] | None = None
+        self._mean = sizes_B.new_zeros(())
+        self._shared = sizes_B.new_zeros(())
+
+    @property
+    def _size(self) -> Tensor:
+        return self._squares[0].sum()
+
+    def round_count(self, expected: float) -> int:
+        """Return one of the two whole numbers next to `expected`, right on average."""
+        return max(1, int(expected + float(torch.rand((), generator=self._generator, dtype=torch.float64))))
+
+    def see_draw(self, layer: str, scores_BN: Tensor, shares: tuple[float, float]) -> None:
+        """Take in the scores of a draw, by example, and the shares of rows kept: in the trial, and at other steps."""
+        self._drawn = None
+        # Where rows vanish that a draw above has left out, this one adds nothing of its own.
+        is_zero = (scores_BN == 0).double().mean(1)
+        vanished = is_zero[~self.is_exact].mean() - is_zero[self.is_exact].mean()
+        if bool(vanished > 0.5 * (1 - shares[0])) and shares[0] < 1:
+            return
+        scores = scores_BN.flatten()
+        self._see_scores(layer, scores)
+        # What the examples would have gained, had all of them been drawn from alike.
+        usual = min(shares[1], _LARGEST_KEEP)
+        chances_BN = water_filling(scores, count_kept(usual, scores.numel())).view_as(scores_BN)
+        squares_BN = scores_BN.square()
+        variance = (_gains(chances_BN) * squares_BN).sum() / squares_BN.sum().clamp_min(_TINY)
+        self._note(layer, torch.zeros_like(variance), variance)
+        self._drawn = layer, chances_BN
+        if self._shares is None:
+            self._shares = self._weigh_pairs(water_filling(scores, count_kept(shares[0], scores.numel())), squares_BN)
+
+    def _weigh_pairs(self, chances: Tensor, squares_BN: Tensor) -> Tensor:
+        """Return weights of the pairs, near 0 where rows are so important that all are kept: there is no noise to see.
+
+        They are alike for both of a pair: a weight that knew the exact gradient would favour small ones.
+        """
+        noise_B = (_gains(chances).view_as(squares_BN) * squares_BN).sum(1)
+        noise = noise_B[self._measured].view(2, -1).sum(0) / self._sizes.sum(0).clamp_min(_TINY)
+        usual = noise_B.sum() / squares_BN.sum().clamp_min(_TINY)
+        return noise / (noise + usual).clamp_min(_TINY)
+
+    def see_product(self, drawn: Drawn, grad_KO: Tensor, stored_KI: Tensor) -> None:
+        """Take in the factors of a weight's gradient on the kept rows."""
+        index_K, rows = drawn.index_K, drawn.rows
+        example_K = index_K // rows
+        place_K = self._place[example_K]
+        chosen = (place_K >= 0).nonzero().squeeze(1)
+        example_K, row_K, place_K = example_K[chosen], index_K[chosen] % rows, place_K[chosen]
+        grad_KO, stored_KI = at_least_single(grad_KO[chosen]), at_least_single(stored_KI[chosen])
+        factors = Factors(grad_KO, stored_KI, place_K, row_K, len(self._measured), rows, drawn.is_once)
+        squares = factors.example_squares(self._generator)
+        self._squares += squares.view(2, -1)
+        count = len(self._measured)
+        self._mean += (factors.square_of_sum(self._generator) - squares.sum()) / (count * (count - 1))
+        half = count // 2
+        row_squares_K, is_exact_K = factors.row_squares(), place_K < half
+        drawn_K = torch.where(is_exact_K, 0.0, (1 - 1 / drawn.weight_K[chosen]) * row_squares_K)
+        self._drawn_noise.index_add_(0, place_K % half, drawn_K)
+        if self._drawn is None:
+            return
+        layer, chances_BN = self._drawn
+        chances_K = chances_BN[example_K, row_K]
+        noise = (_gains(chances_K) * is_exact_K * row_squares_K).sum()
+        self._usual_noise += noise
+        self._note(layer, noise, torch.zeros_like(noise))
+        self._see_shared(factors, torch.where(is_exact_K, 1 - chances_K, 0.0), chances_BN, half)
+
+    def _see_shared(self, factors: Factors, missed_K: Tensor, chances_BN: Tensor, half: int) -> None:
+        """Add by how much the fixed size of a draw lowers the noise of the batch's sum, per example.
+
+        ``Σ_nm cov(n, m) <a_n, a_m> / (p_n p_m) ≈ -‖Σ (1 - p_n) a_n‖² / Σ p_n (1 - p_n)`` off the diagonal; within an
+        example it is in the gain already, between examples it is seen on pairs of the exact half.
+        """
+        dispersion = (chances_BN * (1 - chances_BN)).sum()
+        if half < 2 or not bool(dispersion > 1e-6):
+            return
+        between = factors.square_of_sum(self._generator, missed_K)
+        between = between - factors.example_squares(self._generator, missed_K).sum()
+        self._shared += between * (self.examples - 1) / (half * (half - 1)) / dispersion
+
+    def totals(self) -> Tensor:
+        """Return the pass's share of `TOTALS`."""
+        total = self._squares[0].sum().clamp_min(_TINY)
+        sizes = torch.where(self._sizes.amin(0) > 0, self._sizes.mean(0), 0.0)
+        weight = sizes if self._shares is None else sizes * self._shares
+        relative = self._squares / self._sizes.clamp_min(_TINY)
+        gain = (weight * (relative[1] - relative[0])).sum()
+        predicted = (weight * self._drawn_noise / self._sizes[1].clamp_min(_TINY)).sum()
+        exact = (total / self._squares.shape[1]).clamp_min(_TINY)
+        one = torch.ones_like(gain)
+        return torch.stack(
+            [
+                one,
+                gain / total,
+                predicted / total,
+                one,
+                self._mean / exact,
+                self._shared / exact,
+                self._usual_noise / total,
+            ]
+        ).cpu()
+
+
+def _gains(chances: Tensor) -> Tensor:
+    """Return ``1/p - 1``; 0 for rows that are never drawn, and are zero."""
+    return torch.where(chances > 0, 1 / chances.clamp_min(_TINY) - 1, 0.0)

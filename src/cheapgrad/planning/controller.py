@@ -309,7 +309,8 @@ class Controller:
             if self._misses >= _MISSES_ALLOWED:
                 raise ControlError(
                     f"{self._misses} trials in a row measured nothing: {trial.obstacle}. Call controller.step() once "
-                    "after each optimizer step, train eagerly and in training mode, with the batch as the first axis"
+                    "after each optimizer step, train eagerly and in training mode, with the batch as the first axis; "
+                    "to compile, give handle.replace_strategies the controller.keeps of an eager run"
                 )
             return
         if not compares:

@@ -17,6 +17,9 @@ from cheapgrad.sketch.designs._abstract import SquaredNormOfSum
 from cheapgrad.sketch.water_filling import water_filling
 
 
+_COMPILED = "the model is compiled, and a compiled pass shows nothing of itself"
+
+
 class Look(enum.Enum):
     """What is measured at a step, from dear to cheap."""
 
@@ -69,7 +72,7 @@ class Trial:
     ) -> Selection:
         """Draw a share ``count / n`` of the rows as `base` does, and take in what it shows; see `TrialDesign`."""
         if torch.compiler.is_compiling():
-            self.obstacle = "the model is compiled, and a compiled pass shows nothing of itself"
+            self.obstacle = _COMPILED
         elif scores.dim() == 1 and (self._layers is None or layer in self._layers):
             if self.look is Look.CURVES:
                 self.curves[layer] = self.curves.get(layer, 0) + draw_curve(scores)
@@ -85,7 +88,11 @@ class Trial:
         """Return the backward pass that runs now, which ends by itself; None if it cannot be measured."""
         if self._pass is None:
             examples = self._count_examples()
-            if examples is None or examples < 4 or scores.shape[0] % examples:
+            if examples is None:
+                # Sizes are noted by eager passes alone.
+                self.obstacle = _COMPILED
+                return None
+            if examples < 4 or scores.shape[0] % examples:
                 self.obstacle = (
                     f"a draw among {scores.shape[-1]} rows of {examples} examples; at least 4 examples of equally many "
                     "rows are needed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +41,20 @@ class Activation:
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def from_options(cls, numbers: Sequence[float], name: str, options: Sequence[tuple[str, Any]]) -> Activation:
+        """Return the activation that `numbers` and `texts` describe."""
+        left = iter(numbers)
+        return cls(name, tuple((option, next(left) if value is None else value) for option, value in options))
+
+    def texts(self) -> tuple[Any, ...]:
+        """Return name and options as plain data, with None for every number."""
+        return self.name, tuple((option, None if _is_number(value) else value) for option, value in self.options)
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return the options that are numbers, which compiled graphs may hold as symbols."""
+        return tuple(value for _, value in self.options if _is_number(value))
 
     def __post_init__(self) -> None:
         names = activation_names()
@@ -228,6 +243,10 @@ def _pull_back_slope(
     codec = activation.codec(bits)
     slope = codec.decode(packed, flags, grad_KI.shape[1], grad_KI.dtype)
     return (torch.mul(slope, codec.blocks(grad_KI)).to(grad_KI.dtype).reshape(grad_KI.shape),)
+
+
+def _is_number(option: Any) -> bool:
+    return isinstance(option, (int, float)) and not isinstance(option, bool)
 
 
 def _pack_branch(x_NI: Tensor, *, activation: Activation) -> tuple[Tensor]:

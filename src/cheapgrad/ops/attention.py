@@ -235,7 +235,13 @@ def _project(
 
 
 def run_projection(
-    x: Tensor, parameters: tuple[Tensor | None, ...], plan: Plan, batch_first: bool, is_flat: bool, parts: int
+    x: Tensor,
+    parameters: tuple[Tensor | None, ...],
+    plan: Plan,
+    numbers: tuple[float, ...],
+    batch_first: bool,
+    is_flat: bool,
+    parts: int,
 ) -> Tensor:
     """Return one or several projections of an input, as a layer of compiled graphs."""
     weight, bias = parameters

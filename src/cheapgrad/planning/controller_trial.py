@@ -16,7 +16,6 @@ from cheapgrad.sketch import AbstractDesign, Selection
 from cheapgrad.sketch.designs._abstract import SquaredNormOfSum
 from cheapgrad.sketch.water_filling import water_filling
 
-
 _COMPILED = "the model is compiled, and a compiled pass shows nothing of itself"
 
 

@@ -78,7 +78,7 @@ def draw_plane_dither(like: Tensor, batch: int, channels: int, pixels: int, bloc
 
 
 def _shifts(count: int, device: torch.device) -> Tensor:
-    return torch.tensor(van_der_corput(count), dtype=torch.float32, device=device)
+    return torch.tensor(van_der_corput(int(count)), dtype=torch.float32, device=device)
 
 
 @functools.lru_cache(maxsize=64)

@@ -52,7 +52,7 @@ def _run_activation(stock: type[nn.Module], activation_of: Callable[[Any], Activ
     def run(module: Any, plan: Plan, x: Tensor) -> Tensor:
         activation = activation_of(module)
         if getattr(module, "inplace", False):
-            return overwrite(x, plan, activation.name, activation.options)
+            return overwrite(x, plan, activation)
         stage = ActivationStage(activation, plan.stored)
         return stage_in_chain(x, stage, (), plan)
 

@@ -42,13 +42,17 @@ class ActivationStage(AbstractStage):
         return cls(activation, keeps_output=activation.reads_output or activation.name == "relu")
 
     @classmethod
-    def for_plan(cls, plan: Plan, name: str, options: list[tuple[str, Any]]) -> ActivationStage:
+    def for_plan(cls, plan: Plan, features: int, numbers: tuple[float, ...], *options: Any) -> ActivationStage:
         """Return the stage that keeps what a plan says."""
-        return cls(Activation(name, tuple((option, value) for option, value in options)), plan.stored)
+        return cls(Activation.from_options(numbers, *options), plan.stored)
 
     def options(self) -> tuple[Any, ...]:
-        """Return name and arguments of `for_plan`."""
-        return "activation", self.activation.name, self.activation.options
+        """Return name and what `for_plan` is told besides the plan and the features."""
+        return "activation", *self.activation.texts()
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return the numbers that `for_plan` is told."""
+        return self.activation.numbers()
 
     def alone(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> Tensor:
         """Return the output, holding the slope in bits."""

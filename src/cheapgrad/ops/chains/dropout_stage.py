@@ -27,13 +27,17 @@ class DropoutStage(AbstractStage):
     stored: AbstractStrategy | None = None
 
     @classmethod
-    def for_plan(cls, plan: Plan, p: float) -> DropoutStage:
+    def for_plan(cls, plan: Plan, features: int, numbers: tuple[float, ...]) -> DropoutStage:
         """Return the stage that keeps what a plan says."""
-        return cls(Dropping(p), plan.stored)
+        return cls(Dropping(numbers[0]), plan.stored)
 
     def options(self) -> tuple[Any, ...]:
-        """Return name and arguments of `for_plan`."""
-        return "dropout", self.dropping.p
+        """Return name and what `for_plan` is told besides the plan and the features."""
+        return ("dropout",)
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return the numbers that `for_plan` is told."""
+        return (self.dropping.p,)
 
     def alone(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> Tensor:
         """Return the output, holding the mask in bits."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ def stage_in_chain(x: Tensor, stage: AbstractStage, parameters: tuple[Tensor | N
         plan: the strategies that the stage was made with.
     """
     if is_held_back(plan):
-        return call(x, parameters, plan, *stage.options())
+        return call(x, parameters, plan, *stage.options(), numbers=stage.numbers())
     chain = chain_of(x)
     if chain is not None or (stage.stored is not None and stage.rebuilds_output):
         return run_stage(x, stage, parameters, None, chain)
@@ -142,31 +142,38 @@ def stage_in_chain(x: Tensor, stage: AbstractStage, parameters: tuple[Tensor | N
     return output
 
 
-def _run_linear(x: Tensor, parameters: tuple[Tensor | None, ...], plan: Plan, is_flat: bool) -> Tensor:
+def _run_linear(
+    x: Tensor, parameters: tuple[Tensor | None, ...], plan: Plan, numbers: tuple[float, ...], is_flat: bool
+) -> Tensor:
     weight, bias = parameters
     return linear_in_chain(x, present(weight), bias, plan, is_flat=is_flat)
 
 
 def _runs_stage(make: Callable[..., AbstractStage]) -> Callable[..., Tensor]:
-    """Return what runs the stage that ``make(plan, *options)`` returns."""
-    return lambda x, parameters, plan, *options: stage_in_chain(x, make(plan, *options), parameters, plan)
+    """Return what runs the stage that ``make(plan, features, numbers, *options)`` returns."""
+
+    def run(
+        x: Tensor, parameters: tuple[Tensor | None, ...], plan: Plan, numbers: tuple[float, ...], *options: Any
+    ) -> Tensor:
+        return stage_in_chain(x, make(plan, x.shape[-1], numbers, *options), parameters, plan)
+
+    return run
 
 
-def overwrite(x: Tensor, plan: Plan, name: str, options: Sequence[tuple[str, Any]]) -> Tensor:
+def overwrite(x: Tensor, plan: Plan, activation: Activation) -> Tensor:
     """Write ``f(x)`` over `x` and return it, as modules with ``inplace=True`` do.
 
     Args:
         x: the input.
         plan: the strategies.
-        name: of the activation.
-        options: its options.
+        activation: f.
     """
     if is_held_back(plan):
-        return call_in_place(x, plan, name, options)
+        return call_in_place(x, plan, *activation.texts(), numbers=activation.numbers())
     # A chain passes through the stock operation: the next linear layer recognises it.
     if plan.stored is None or not x.numel() or chain_of(x) is not None or not may_be_overwritten(x):
-        return getattr(torch.nn.functional, name)(x, **dict(options), inplace=True)
-    return overwriting_activation(x, Activation(name, tuple((option, value) for option, value in options)), plan.stored)
+        return getattr(torch.nn.functional, activation.name)(x, **dict(activation.options), inplace=True)
+    return overwriting_activation(x, activation, plan.stored)
 
 
 #: What layers are called in compiled graphs, and what runs them there.

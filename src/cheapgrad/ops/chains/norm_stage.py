@@ -122,13 +122,17 @@ class LayerNormStage(AbstractNormStage):
     use: RootUse | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def for_plan(cls, plan: Plan, eps: float, features: int) -> LayerNormStage:
+    def for_plan(cls, plan: Plan, features: int, numbers: tuple[float, ...]) -> LayerNormStage:
         """Return the stage that keeps what a plan says."""
-        return cls(eps, features, plan.stored, plan.root_use)
+        return cls(numbers[0], features, plan.stored, plan.root_use)
 
     def options(self) -> tuple[Any, ...]:
-        """Return name and arguments of `for_plan`."""
-        return "layer_norm", self.eps, self.features
+        """Return name and what `for_plan` is told besides the plan and the features."""
+        return ("layer_norm",)
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return the numbers that `for_plan` is told."""
+        return (self.eps,)
 
     @property
     def rebuilds_output(self) -> bool:

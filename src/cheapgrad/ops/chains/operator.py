@@ -17,15 +17,18 @@ import torch
 from torch import Tensor
 
 from cheapgrad.errors import CheapgradError
+from cheapgrad.ops.activations import Activation
 from cheapgrad.ops.plan import Plan, RootUse
 from cheapgrad.sketch import AbstractStrategy
 from cheapgrad.sketch.value import from_dict
 
-#: Runs a layer: ``(x, parameters, plan, *options) -> output``.
+#: Runs a layer: ``(x, parameters, plan, numbers, *options) -> output``.
 Body = Callable[..., Tensor]
 
-torch.library.define("cheapgrad::row_wise", "(Tensor x, Tensor?[] parameters, str layer, str plan) -> Tensor")
-torch.library.define("cheapgrad::row_wise_", "(Tensor(a!) x, str layer, str plan) -> Tensor(a!)")
+torch.library.define(
+    "cheapgrad::row_wise", "(Tensor x, Tensor?[] parameters, float[] numbers, str layer, str plan) -> Tensor"
+)
+torch.library.define("cheapgrad::row_wise_", "(Tensor(a!) x, float[] numbers, str layer, str plan) -> Tensor(a!)")
 
 
 def plan_text(stored: AbstractStrategy | None, cotangent: AbstractStrategy | None, recompute: bool) -> str:
@@ -60,7 +63,9 @@ def is_held_back(plan: Plan) -> bool:
     return bool(plan.text) and torch.compiler.is_dynamo_compiling()
 
 
-def call(x: Tensor, parameters: Sequence[Tensor | None], plan: Plan, *layer: Any) -> Tensor:
+def call(
+    x: Tensor, parameters: Sequence[Tensor | None], plan: Plan, *layer: Any, numbers: Sequence[float] = ()
+) -> Tensor:
     """Put a layer into the graph, to be run when the graph is traced.
 
     Args:
@@ -68,13 +73,14 @@ def call(x: Tensor, parameters: Sequence[Tensor | None], plan: Plan, *layer: Any
         parameters: what else is read.
         plan: the strategies.
         layer: the name that the layer is registered under, and its options, plain data.
+        numbers: options that may be symbols.
     """
-    return torch.ops.cheapgrad.row_wise(x, list(parameters), _as_text(layer), plan.text)
+    return torch.ops.cheapgrad.row_wise(x, list(parameters), list(numbers), _as_text(layer), plan.text)
 
 
-def call_in_place(x: Tensor, plan: Plan, *layer: Any) -> Tensor:
+def call_in_place(x: Tensor, plan: Plan, *layer: Any, numbers: Sequence[float] = ()) -> Tensor:
     """Put a layer that writes its output over its input into the graph; arguments as for `call`."""
-    return torch.ops.cheapgrad.row_wise_(x, _as_text(layer), plan.text)
+    return torch.ops.cheapgrad.row_wise_(x, list(numbers), _as_text(layer), plan.text)
 
 
 def _as_text(layer: tuple[Any, ...]) -> str:
@@ -90,15 +96,15 @@ def define_operator(bodies: dict[str, Body], in_place: Body) -> None:
 
     Args:
         bodies: name of a layer -> what runs it.
-        in_place: runs an activation that writes over its input: ``(x, plan, *options) -> x``.
+        in_place: runs an activation that writes over its input: ``(x, plan, activation) -> x``.
     """
 
-    def run(x: Tensor, parameters: list[Tensor | None], layer: str, plan: str) -> Tensor:
+    def run(x: Tensor, parameters: list[Tensor | None], numbers: list[float], layer: str, plan: str) -> Tensor:
         name, *options = json.loads(layer)
-        return bodies[name](x, tuple(parameters), _read_plan(plan), *options)
+        return bodies[name](x, tuple(parameters), _read_plan(plan), tuple(map(float, numbers)), *options)
 
-    def run_in_place(x: Tensor, layer: str, plan: str) -> Tensor:
-        return in_place(x, _read_plan(plan), *json.loads(layer))
+    def run_in_place(x: Tensor, numbers: list[float], layer: str, plan: str) -> Tensor:
+        return in_place(x, _read_plan(plan), Activation.from_options(tuple(map(float, numbers)), *json.loads(layer)))
 
     torch.library.impl("cheapgrad::row_wise", "CompositeImplicitAutograd")(run)
     torch.library.impl("cheapgrad::row_wise_", "CompositeImplicitAutograd")(run_in_place)

@@ -67,13 +67,17 @@ class RmsNormStage(AbstractNormStage):
     use: RootUse | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def for_plan(cls, plan: Plan, eps: float | None, features: int, form: str) -> RmsNormStage:
+    def for_plan(cls, plan: Plan, features: int, numbers: tuple[float, ...], form: str) -> RmsNormStage:
         """Return the stage that keeps what a plan says."""
-        return cls(eps, features, RmsForm(form), plan.stored, plan.root_use)
+        return cls(numbers[0] if numbers else None, features, RmsForm(form), plan.stored, plan.root_use)
 
     def options(self) -> tuple[Any, ...]:
-        """Return name and arguments of `for_plan`."""
-        return "rms_norm", self.eps, self.features, self.form.value
+        """Return name and what `for_plan` is told besides the plan and the features."""
+        return "rms_norm", self.form.value
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return the numbers that `for_plan` is told."""
+        return () if self.eps is None else (self.eps,)
 
     @property
     def rebuilds_output(self) -> bool:

@@ -100,7 +100,14 @@ class AbstractStage(abc.ABC):
         return False
 
     def options(self) -> tuple[Any, ...]:
-        """Return name and options as plain data, from which compiled graphs make the stage again; see `operator`."""
+        """Return name and options as plain data, from which compiled graphs make the stage again; see `operator`.
+
+        Numbers and sizes are left out: they may be symbols.
+        """
+        raise RuntimeError("this stage is no layer of its own")
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return the options that are numbers."""
         raise RuntimeError("this stage is no layer of its own")
 
     def alone(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> Tensor:

@@ -52,10 +52,14 @@ def test_control_of_a_compiled_model_is_refused_by_name() -> None:
     model, compiled, handle = _setup("aot_eager")
     controller = cheapgrad.Controller(handle, noise=0.1)
     x = torch.randn(64, 12)
-    with pytest.raises(ControlError, match=r"compiled.*train eagerly.*controller\.keeps"):
+
+    def train() -> None:
         for _ in range(3):
             compiled(x).square().mean().backward()
             controller.step()
+
+    with pytest.raises(ControlError, match=r"compiled.*train eagerly.*controller\.keeps"):
+        train()
     # The same model under control without the compiler.
     controller = cheapgrad.Controller(handle, noise=0.1)
     for _ in range(3):

@@ -196,7 +196,7 @@ def _measure_network(network: Network, methods: tuple[Method, ...], rounds: int)
         method: _try_method(method, network, original, batch)
         for method in track(methods, f"{network.name}: setting up", transient=True)
     }
-    exact = trials[EXACT]
+    exact = trials.get(EXACT, _Trial())
     steps = {method.name: trial.step for method, trial in trials.items() if trial.step is not None}
     timings = {}
     if exact.step is not None:
@@ -210,7 +210,7 @@ def _measure_network(network: Network, methods: tuple[Method, ...], rounds: int)
             "network": network.name,
             "method": method.name,
             "held_bytes": trial.held_bytes or None,
-            "times_fewer": exact.held_bytes / trial.held_bytes if trial.held_bytes else None,
+            "times_fewer": exact.held_bytes / trial.held_bytes if exact.held_bytes and trial.held_bytes else None,
             "target_times_fewer": network.target_ratio if wanted else None,
             "peak_bytes": trial.peak_bytes,
             "process_peak_bytes": trial.process_peak_bytes,

@@ -241,6 +241,7 @@ def _loss(name: str, reduction: str, **options: object) -> LayerCase:
         f"linear_cross_entropy, {name}",
         lambda: _filled(OutputLayer(reduction, **options)),
         (SIZE,),
+        family="linear_cross_entropy",
         parameter="0.head",
         stock=lambda: _filled(OutputLayerApart(reduction)),
     )
@@ -248,8 +249,9 @@ def _loss(name: str, reduction: str, **options: object) -> LayerCase:
 
 FUNCTIONS = (
     _loss("mean", "mean"),
-    _loss("mean, drawn tokens", "mean", keep=0.5),
     _loss("each loss, drawn tokens", "none", keep=0.5),
+    # These two run everywhere: gradients that are made in the forward pass, and logits that are computed again.
+    _loss("mean, drawn tokens", "mean", keep=0.5),
     _loss("mean, logits computed again", "mean", recompute=True, keep=0.5),
 )
 

@@ -181,13 +181,14 @@ class _Recorder:
         return leave
 
 
-def capture_pass(step: Step, layers: Mapping[str, nn.Module], batch: Any) -> Capture:
+def capture_pass(step: Step, layers: Mapping[str, nn.Module], batch: Any, *, finds_holders: bool = True) -> Capture:
     """Run one exact pass and write down what every layer sees.
 
     Args:
         step: the training step.
         layers: layers to watch, by name.
         batch: the batch.
+        finds_holders: whether to find out who holds what, too.
 
     Returns:
         Every call of these layers with its tensors, and the gradient.
@@ -196,10 +197,12 @@ def capture_pass(step: Step, layers: Mapping[str, nn.Module], batch: Any) -> Cap
     post = ParcelPost(recorder.describe)
 
     def views() -> list[Tensor]:
-        _share_out(post, recorder.calls, key_storages(list_owned_tensors([step.model])))
+        if finds_holders:
+            _share_out(post, recorder.calls, key_storages(list_owned_tensors([step.model])))
         return [view for _, view in recorder.views]
 
-    with recorder.attached(), saved_tensors_hooks(post.pack, post.unpack):
+    watching = saved_tensors_hooks(post.pack, post.unpack) if finds_holders else contextlib.nullcontext()
+    with recorder.attached(), watching:
         gradient, of_inputs = step.gradient(batch, views)
     for (call, _), value in zip(recorder.views, of_inputs, strict=True):
         call.input_gradient = value

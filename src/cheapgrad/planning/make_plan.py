@@ -211,18 +211,20 @@ class _Planner:
         amplifications: list[float] = []
         with self.step.undisturbed():
             for number, batch in enumerate(self.batches):
-                capture, below = capture_pass(self.step, layers, batch), PassedDown()
+                is_observed = number < _LAW_BATCHES
+                capture = capture_pass(self.step, layers, batch, finds_holders=is_observed)
                 variance.add(capture.gradient)
-                units, groups = find_units(capture.calls, self.candidates), find_groups(capture.calls, self.candidates)
-                if number < _LAW_BATCHES:
+                units = find_units(capture.calls, self.candidates)
+                if is_observed:
+                    below = PassedDown()
                     self._push_forward(batch, capture, units, below, number)
+                    groups = find_groups(capture.calls, self.candidates)
                     observed.append(Observed(batch, capture, below, units, groups))
                     continue
-                if not amplifications:
-                    amplifications = _amplifications(observed)
-                sizes.append(_sizes(units, groups, amplifications))
+                amplifications = amplifications or _amplifications(observed)
+                sizes.append(_sizes(capture, units, observed[0].groups, amplifications))
         amplifications = amplifications or _amplifications(observed)
-        sizes = [_sizes(one.units, one.groups, amplifications) for one in observed] + sizes
+        sizes = [_sizes(one.capture, one.units, one.groups, amplifications) for one in observed] + sizes
         return variance, observed, self._make_menu(observed, sizes, report)
 
     def _measure_regions(self, observed: Observed, report: CostReport) -> list[list[Choice]]:
@@ -233,8 +235,7 @@ class _Planner:
         regions = find_regions(model, observed.groups, self.skip_small)
         if not regions:
             return []
-        step, batch, capture, below = self.step, observed.batch, observed.capture, observed.below
-        return measure_regions(step, batch, capture, below, regions, report, self.skip_small)
+        return measure_regions(self.step, observed.batch, observed.capture, regions, report, self.skip_small)
 
     def _push_forward(
         self, batch: Any, capture: Capture, units: Sequence[Unit], below: PassedDown, number: int
@@ -385,7 +386,15 @@ def _amplifications(observed: Sequence[Observed]) -> list[float]:
     ]
 
 
-def _sizes(units: Sequence[Unit], groups: Sequence[Group], amplifications: Sequence[float]) -> list[list[float]]:
+def _sizes(
+    capture: Capture, units: Sequence[Unit], groups: Sequence[Group], amplifications: Sequence[float]
+) -> list[list[float]]:
     """Return, for every unit and group, what the noise of each choice is near proportional to over batches."""
-    of_units = [unit.sizes(amplification) for unit, amplification in zip(units, amplifications, strict=False)]
-    return of_units + [group.sizes() for group in groups]
+    sizes = [unit.sizes(amplification) for unit, amplification in zip(units, amplifications, strict=False)]
+    energies: dict[str, float] = {}
+    for call in capture.calls if groups else ():
+        energies[call.layer] = energies.get(call.layer, 0.0) + call.energy
+    for group in groups:
+        energy = math.fsum(energies.get(layer, 0.0) for layer in group.layers)
+        sizes.append([energy] * len(group.strategies))
+    return sizes

@@ -131,10 +131,6 @@ class Group:
             found.append(Choice(self.layers, Moment.STORED, strategy, change, flops, noise, freed))
         return found
 
-    def sizes(self) -> list[float]:
-        """Return figures that the noise of every strategy is near proportional to, from batch to batch."""
-        return [sum(call.energy for call in self.calls)] * len(self.strategies)
-
 
 def find_units(calls: Sequence[Call], candidates: Mapping[str, LayerCandidates]) -> list[Unit]:
     """Join layers whose calls follow each other row by row, as converted layers with equal strategies do.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cheapgrad.convert import Rule, approximate
+from cheapgrad.exactness import forced_exact
 from cheapgrad.planning.batches import MiniBatchVariance, relative_error_of_ratio, squared_norm
 from cheapgrad.planning.capture import Call, Capture
 from cheapgrad.planning.noise import measure_cotangent_noise, measure_stored_noise
@@ -116,7 +117,7 @@ def measure_plan_noise(
         choices: what is chosen.
         variance: of the gradients of all batches.
         skip_small: as in `cheapgrad.approximate`.
-        draws: backward passes for each of the observed batches; one where no sketch meets the noise of another.
+        draws: backward passes for each of the observed batches, where sketches meet the noise of others.
     """
     cotangent = [choice for choice in choices if choice.moment is Moment.COTANGENT]
     stored = [choice for choice in choices if choice.moment is Moment.STORED]
@@ -127,7 +128,7 @@ def measure_plan_noise(
     errors: list[float] = []
     for one in observed:
         chains = _chains_of(cotangent, one.units)
-        count = draws if meets else 0 if stored else 1
+        count = draws if meets else 0
         scales = _draw_scales(step, one, chains, rules, skip_small, count, errors)
         modelled += [_evaluate(choices, one, chains, scale, len(observed)) for scale in (scales if meets else [{}])]
     means = [math.fsum(values) / len(modelled) for values in zip(*modelled, strict=True)]
@@ -161,7 +162,7 @@ def _carry_over(
 def _draw_whole_errors(
     step: Step, observed: Sequence[Observed], choices: Sequence[Choice], skip_small: bool, draws: int
 ) -> list[float]:
-    """Return squared errors of gradients drawn with all but dropout; none where the loss is another one then."""
+    """Return squared errors of gradients drawn with everything but masks of dropout in one bit."""
     handle = approximate(step.model, rules_of(choices, names_of_dropouts(step.model)), skip_small=skip_small)
     seed, errors = step.seed, []
     try:
@@ -169,14 +170,27 @@ def _draw_whole_errors(
             for one in observed:
                 for draw in range(draws):
                     step.seed = _DRAW_SEED + draw
-                    gradient = step.gradient(one.batch)[0]
-                    if not math.isclose(step.last_loss, one.capture.loss, rel_tol=1e-5):
-                        return []
-                    errors.append(_squared_distance(gradient, one.capture.gradient))
+                    errors.append(draw_squared_error(step, one.batch, one.capture))
     finally:
         step.seed = seed
         handle.revert()
     return errors
+
+
+def draw_squared_error(step: Step, batch: Any, capture: Capture) -> float:
+    """Return the squared error of one drawn gradient of a converted model.
+
+    Args:
+        step: of the converted model.
+        batch: the batch.
+        capture: the exact pass of the batch.
+    """
+    gradient, exact = step.gradient(batch)[0], capture.gradient
+    if not math.isclose(step.last_loss, capture.loss, rel_tol=1e-5):
+        # Codes take seeds, so that dropout behind them has other masks: those of an exact pass that takes them too.
+        with forced_exact(in_step=True):
+            exact = step.gradient(batch)[0]
+    return _squared_distance(gradient, exact)
 
 
 def rules_of(choices: Sequence[Choice], left_alone: Collection[str] = ()) -> list[Rule]:

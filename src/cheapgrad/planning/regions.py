@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from cheapgrad.convert import Rule, approximate
@@ -19,14 +18,13 @@ from cheapgrad.convert.approximate import Preview
 from cheapgrad.convert.kinds import kind_of
 from cheapgrad.cost import CostReport
 from cheapgrad.errors import NoMatchError
-from cheapgrad.planning.batches import squared_norm
 from cheapgrad.planning.candidates import is_planned
 from cheapgrad.planning.capture import MATRICES, Capture
 from cheapgrad.planning.costs import count_planned_costs
-from cheapgrad.planning.noise import measure_stored_noise
 from cheapgrad.planning.parts import Choice, Group
-from cheapgrad.planning.passed_down import Noise, PassedDown
+from cheapgrad.planning.passed_down import Noise
 from cheapgrad.planning.passes import Step, names_of_dropouts
+from cheapgrad.planning.plan_noise import draw_squared_error
 from cheapgrad.sketch import Moment, StochasticRounding
 
 _BITS = (8, 4, 2)
@@ -36,8 +34,6 @@ _COUNTED_BITS = (8, 4)
 _DRAWN_BITS = 2
 # More regions than these share draws, and their noise is shared out by the bytes that they save.
 _MOST_DRAWS = 8
-# The laws of linear layers stand for a block's noise by so much where codes cannot be drawn beside the exact pass.
-_UNDRAWN_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -140,7 +136,6 @@ def measure_regions(
     step: Step,
     batch: Any,
     capture: Capture,
-    below: PassedDown,
     regions: Sequence[Region],
     exact: CostReport,
     skip_small: bool,
@@ -151,7 +146,6 @@ def measure_regions(
         step: the training step.
         batch: the batch of the exact pass.
         capture: the exact pass.
-        below: tangents at the inputs of its calls.
         regions: disjoint.
         exact: ledger of the exact step.
         skip_small: as in `cheapgrad.approximate`.
@@ -161,7 +155,7 @@ def measure_regions(
         rules = [rule for region in regions for rule in _rules(region, bits)]
         counted[bits] = count_planned_costs(step, batch, rules, skip_small)
     changes = [_changes(region, exact, counted) for region in regions]
-    noises = _draw_noises(step, batch, capture, below, regions, [one[_DRAWN_BITS][0] for one in changes], skip_small)
+    noises = _draw_noises(step, batch, capture, regions, [one[_DRAWN_BITS][0] for one in changes], skip_small)
     return [
         [
             Choice(
@@ -213,7 +207,6 @@ def _draw_noises(
     step: Step,
     batch: Any,
     capture: Capture,
-    below: PassedDown,
     regions: Sequence[Region],
     bytes_changes: Sequence[float],
     skip_small: bool,
@@ -224,16 +217,14 @@ def _draw_noises(
     for start in range(0, len(regions), count):
         members = range(start, min(start + count, len(regions)))
         error = _draw_error(step, batch, capture, [regions[position] for position in members], skip_small)
-        if error is None:
-            error = _UNDRAWN_FACTOR * sum(_lawful(capture, below, regions[position]) for position in members)
         saved = [max(-bytes_changes[position], 1.0) for position in members]
         for position, share in zip(members, saved, strict=True):
             noises[position] = Noise(own=error * share / sum(saved))
     return noises
 
 
-def _draw_error(step: Step, batch: Any, capture: Capture, regions: Sequence[Region], skip_small: bool) -> float | None:
-    """Return the squared error of one draw, dropout left alone; None where the forward pass is another one then."""
+def _draw_error(step: Step, batch: Any, capture: Capture, regions: Sequence[Region], skip_small: bool) -> float:
+    """Return the squared error of one draw, dropout left alone."""
     dropouts = names_of_dropouts(step.model)
     rules = [_rule(name, _DRAWN_BITS) for region in regions for name in region.layers if name not in dropouts]
     if not rules:
@@ -241,15 +232,6 @@ def _draw_error(step: Step, batch: Any, capture: Capture, regions: Sequence[Regi
     handle = approximate(step.model, rules, skip_small=skip_small)
     try:
         with step.undisturbed():
-            gradient = step.gradient(batch)[0]
+            return draw_squared_error(step, batch, capture)
     finally:
         handle.revert()
-    if abs(step.last_loss - capture.loss) > 1e-5 * abs(capture.loss):
-        return None
-    return squared_norm(torch._foreach_sub(gradient, capture.gradient))
-
-
-def _lawful(capture: Capture, below: PassedDown, region: Region) -> float:
-    strategy = StochasticRounding(_DRAWN_BITS)
-    calls = [call for call in capture.calls if call.layer in region.layers]
-    return sum(measure_stored_noise(call, strategy, below, region.layers).total for call in calls)

@@ -101,7 +101,7 @@ def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]
     if name == "theory":
         return measure_theory(seeds=200)
     if name == "plan":
-        return measure_plans(epochs=arguments.epochs or 3, draws=6)
+        return measure_plans(epochs=arguments.epochs or 3, draws=3)
     if name == "laplace":
         return measure_laplace(seeds=8)
     if name == "bias":

@@ -10,6 +10,8 @@ from torch import Tensor
 
 # With fewer, nothing is known of how well the ratio of two averages over batches is known.
 FEWEST_FOR_ERRORS = 4
+# A ceiling is kept with this many standard errors to spare: a chance of nine in ten for a normal error.
+_SPARE = 1.28
 
 
 class MiniBatchVariance:
@@ -66,6 +68,11 @@ def squared_norm(gradient: Sequence[Tensor]) -> float:
     """
     norms = [torch.linalg.vector_norm(value, dtype=torch.float64).cpu() for value in gradient]
     return float(torch.stack(norms).square().sum())
+
+
+def spare_factor(relative_error: float) -> float:
+    """Return how far above an estimate its bound lies."""
+    return math.exp(_SPARE * relative_error)
 
 
 def relative_error_of_ratio(noises: Sequence[float], variance: MiniBatchVariance) -> float | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cheapgrad.convert import Rule, approximate
 from cheapgrad.exactness import forced_exact
-from cheapgrad.planning.batches import MiniBatchVariance, relative_error_of_ratio, squared_norm
+from cheapgrad.planning.batches import MiniBatchVariance, relative_error_of_ratio, spare_factor, squared_norm
 from cheapgrad.planning.capture import Call, Capture
 from cheapgrad.planning.noise import measure_cotangent_noise, measure_stored_noise
 from cheapgrad.planning.parts import Choice, Group, Unit
@@ -28,8 +28,6 @@ _MODEL_ERROR = 0.1
 _REGION_ERROR = 0.4
 # Draws of codes for each observed batch: few say much, for they sum over many entries.
 _CODE_DRAWS = 2
-# A ceiling is kept with this many standard errors to spare: a chance of nine in ten for a normal error.
-_SPARE = 1.28
 
 
 @dataclass
@@ -75,11 +73,6 @@ class PlanNoise:
     def bound(self) -> float:
         """A value that the noise of other batches stays below with a chance of nine in ten."""
         return self.total * spare_factor(self.relative_error)
-
-
-def spare_factor(relative_error: float) -> float:
-    """Return how far above an estimate its bound lies."""
-    return math.exp(_SPARE * relative_error)
 
 
 def expected_margin(choices: Sequence[Choice], variance: MiniBatchVariance) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from cheapgrad.convert import Rule
 from cheapgrad.cost.units import format_bytes, format_flops
 from cheapgrad.errors import RecordError
+from cheapgrad.planning.batches import spare_factor
 from cheapgrad.sketch import AbstractStrategy
 from cheapgrad.sketch.value import from_dict
 
@@ -68,7 +69,8 @@ class Plan:
         predicted: the step with the plan. Bytes and FLOPs were counted in one step while planning; noise is modelled
             from the laws and from drawn backward passes.
         layers: the layers that take a strategy.
-        noise_standard_error: of `predicted.noise_fraction`, without that of the mini-batch variance.
+        noise_standard_error: of `predicted.noise_fraction`: of laws and draws, and of how noise and mini-batch variance
+            differ from batch to batch (the latter from four batches on; a remark says where it is missing).
         separate_noise_fraction: the noise if no layer's sketch met the noise of another: what the choice minimised.
         batches: how many batches the mini-batch variance was measured on.
         skip_small: whether layers too small to pay were left alone.
@@ -92,6 +94,16 @@ class Plan:
             Rule(_literal(layer.name), stored=layer.stored, cotangent=layer.cotangent, recompute=layer.recompute)
             for layer in self.layers
         )
+
+    @property
+    def noise_interval(self) -> tuple[float, float]:
+        """Where the noise of other batches is expected with a chance of eight in ten, from the standard error.
+
+        A noise ceiling is above its upper end.
+        """
+        noise = self.predicted.noise_fraction
+        factor = spare_factor(self.noise_standard_error / noise) if noise else 1.0
+        return noise / factor, noise * factor
 
     @property
     def saved_bytes_fraction(self) -> float:
@@ -233,13 +245,14 @@ class Plan:
     def describe_totals(self) -> list[str]:
         """Return a line for each of bytes, FLOPs and noise."""
         exact, planned = self.exact, self.predicted
+        low, high = self.noise_interval
         return [
             f"held for backward  {format_bytes(exact.saved_bytes)} → {format_bytes(planned.saved_bytes)} "
             f"({self.saved_bytes_fraction:.1%}; counted)",
             f"backward FLOPs     {format_flops(exact.backward_flops)} → {format_flops(planned.backward_flops)} "
             f"({self.backward_flops_fraction:.1%}; counted)",
             f"added noise        {planned.noise_fraction:.3g} ± {self.noise_standard_error:.1g} of the mini-batch "
-            f"variance of {self.batches} batches (modelled)",
+            f"variance of {self.batches} batches (modelled; {low:.2g} to {high:.2g} for eight in ten)",
         ]
 
 

@@ -1,0 +1,117 @@
+"""Blocks of a model in one code: norms, activations, attention and dropout among the choices of a plan."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import cheapgrad
+from cheapgrad import recipes
+from cheapgrad.cost import measure_held_bytes
+from cheapgrad.errors import UnreachableBudgetError
+from cheapgrad.planning import Plan
+from cheapgrad.planning.regions import find_regions
+from cheapgrad.sketch import StochasticRounding
+from tests.planning.networks import Batch, SmallViT, exact_gradients, loss_fn, make_batches, measure_noise
+
+
+def make_vit(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(4)
+    model = SmallViT(3, width=32)
+    if dropout:
+        for block in model.blocks:
+            block.norm2 = nn.Sequential(block.norm2, nn.Dropout(dropout))
+    return model.double().train()
+
+
+def held_bytes(model: nn.Module, batch: Batch) -> int:
+    return measure_held_bytes(lambda: loss_fn(model, batch), exclude=[model]).total_bytes
+
+
+def make_plan(model: nn.Module, batches: list[Batch], **budget: Any) -> Plan:
+    return cheapgrad.plan(model, loss_fn, batches, skip_small=False, **budget)
+
+
+@pytest.mark.parametrize("budget", ["60 %", "45 %", "35 %"])
+def test_memory_budgets_of_a_transformer_are_kept(budget: str) -> None:
+    model, batches = make_vit(), make_batches((6, 12), 4)
+    exact, exact_bytes = exact_gradients(model, batches), held_bytes(model, batches[0])
+    plan = make_plan(model, batches, memory=budget)
+    cheapgrad.approximate(model, plan)
+    held = held_bytes(model, batches[0])
+    assert held <= float(budget.removesuffix(" %")) / 100 * exact_bytes
+    assert plan.predicted.saved_bytes == pytest.approx(held, rel=0.03)
+    noise, error = measure_noise(model, batches, exact, draws=20)
+    assert error < 0.05 * noise
+    assert plan.predicted.noise_fraction == pytest.approx(noise, rel=0.15)
+
+
+def test_plans_reach_what_recipes_reach_and_no_further() -> None:
+    model, batches = make_vit(), make_batches((6, 12), 4)
+    exact_bytes = held_bytes(model, batches[0])
+    handle = cheapgrad.approximate(model, recipes.memory(2), skip_small=False)
+    least = held_bytes(model, batches[0]) / exact_bytes
+    handle.revert()
+    with pytest.raises(UnreachableBudgetError, match="memory='1 %' asks for") as raised:
+        make_plan(model, batches, memory="1 %")
+    nearest = re.search(r"nearest budget is memory='([0-9.]+) %'", str(raised.value))
+    assert nearest is not None
+    assert float(nearest[1]) / 100 == pytest.approx(least, abs=0.005)
+    make_plan(model, batches, memory=f"{nearest[1]} %")
+
+
+def test_larger_memory_budget_never_adds_noise() -> None:
+    model, batches = make_vit(), make_batches((6, 12), 4)
+    plans = [make_plan(model, batches, memory=share) for share in (0.36, 0.42, 0.5, 0.6, 0.8, 1.0)]
+    noises = [plan.separate_noise_fraction for plan in plans]
+    assert noises == sorted(noises, reverse=True)
+    assert noises[-1] == 0.0
+    assert noises[0] > 0.0
+
+
+def test_plan_of_blocks_goes_through_json_and_names_its_layers() -> None:
+    model, batches = make_vit(), make_batches((6, 12), 2)
+    plan = make_plan(model, batches, memory="40 %")
+    assert Plan.from_json(plan.to_json()) == plan
+    by_name = {layer.name: layer for layer in plan.layers}
+    assert isinstance(by_name["blocks.0.norm1"].stored, StochasticRounding)
+    assert by_name["blocks.0.qkv"].recompute
+    # A plan that was written before blocks were planned for has no such entry.
+    data = plan.to_dict()
+    for layer in data["layers"]:
+        del layer["recompute"]
+    assert not any(layer.recompute for layer in Plan.from_dict(data).layers)
+
+
+def test_rules_of_the_user_keep_blocks_out() -> None:
+    model, batches = make_vit(), make_batches((6, 12), 2)
+    codes = [cheapgrad.Rule(nn.Linear, stored=StochasticRounding(bits)) for bits in (8, 4, 2)]
+    with pytest.raises(UnreachableBudgetError):
+        make_plan(model, batches, memory="40 %", strategies=codes)
+
+
+def test_dropout_does_not_count_as_noise() -> None:
+    # With the masks of another draw, the error of the gradient would be as large as that of the mini-batch.
+    model, batches = make_vit(dropout=0.3), make_batches((6, 12), 4)
+    plan = make_plan(model, batches, memory="35 %")
+    assert 0 < plan.predicted.noise_fraction < 0.02
+
+
+def test_regions_are_the_blocks_and_the_rest() -> None:
+    regions = find_regions(make_vit(), [], skip_small=False)
+    assert [(region.path, region.is_rest) for region in regions] == [
+        ("blocks.0", False),
+        ("blocks.1", False),
+        ("blocks.2", False),
+        ("", True),
+    ]
+    assert regions[-1].layers == ("embedding", "norm", "head")
+    assert regions[0].layers == tuple(
+        f"blocks.0.{name}" for name in ("norm1", "norm2", "qkv", "proj", "expand", "contract")
+    )
+    # Between linear layers activations are planned for as they are.
+    assert find_regions(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)), [], skip_small=False) == []

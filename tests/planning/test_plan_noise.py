@@ -21,26 +21,25 @@ ROWS = [cheapgrad.Rule(nn.Linear, cotangent=RowSample(keep)) for keep in (0.75, 
 
 
 def make_uneven_batches() -> list[Batch]:
-    """Return batches of which later ones hold few, very hard examples: the first two show nothing of that."""
-    batches = make_batches((24,), 8)
-    return [
-        (x * torch.where(torch.arange(24) % 8 < number // 2, 1.0 + number, 0.2)[:, None], y)
-        for number, (x, y) in enumerate(batches)
-    ]
+    """Return batches of which all but two hold three hard examples, one much harder ones: the first two show nothing."""
+    hard = torch.arange(24) < 3
+    sizes = [0.2, 0.2, 3.0, 3.0, 3.0, 18.0, 3.0, 3.0]
+    batches = zip(make_batches((24,), 8), sizes, strict=True)
+    return [(x * torch.where(hard, size, 0.2)[:, None], y) for (x, y), size in batches]
 
 
-def test_noise_of_batches_that_were_not_looked_at_is_told() -> None:
+def test_noise_of_batches_with_few_hard_examples_is_told() -> None:
     model, batches = make_mlp(4), make_uneven_batches()
     plan = cheapgrad.plan(model, loss_fn, batches, strategies=ROWS, skip_small=False, flops="55 %")
     exact = exact_gradients(model, batches)
     cheapgrad.approximate(model, plan)
-    noise, error = measure_noise(model, batches, exact, draws=40)
+    noise, error = measure_noise(model, batches, exact, draws=400)
     assert error < 0.05 * noise
     assert plan.predicted.noise_fraction == pytest.approx(noise, rel=0.15)
-    # The first two alone are far off: what a plan without the other batches would have said.
+    # The first two batches alone say something else altogether.
     of_two, _ = measure_noise(model, batches[:2], exact[:2], draws=40)
     scale = float(torch.stack(exact[:2]).var(0).sum() / torch.stack(exact).var(0).sum())
-    assert abs(of_two * scale - noise) > 0.4 * noise
+    assert of_two * scale < 0.2 * noise
 
 
 def test_noise_below_a_ceiling_stays_below_it_on_other_batches() -> None:
@@ -48,12 +47,12 @@ def test_noise_below_a_ceiling_stays_below_it_on_other_batches() -> None:
     pool = make_batches((24,), 240)
     exact = exact_gradients(model, pool)
     for start in range(0, 240, 24):
-        plan = cheapgrad.plan(model, loss_fn, pool[start : start + 8], strategies=ROWS, skip_small=False, noise=0.35)
-        assert plan.noise_interval[1] <= 0.35
+        plan = cheapgrad.plan(model, loss_fn, pool[start : start + 8], strategies=ROWS, skip_small=False, noise=0.4)
+        assert plan.noise_interval[1] <= 0.4
         assert plan.layers
         handle = cheapgrad.approximate(model, plan)
         other = slice(start + 8, start + 24)
-        kept += measure_noise(model, pool[other], exact[other], draws=4)[0] <= 0.35
+        kept += measure_noise(model, pool[other], exact[other], draws=4)[0] <= 0.4
         handle.revert()
     # Nine in ten are promised; fewer than six of ten have a chance of 1e-3 then.
     assert kept >= 6

@@ -25,22 +25,20 @@ from cheapgrad.errors import (
 from cheapgrad.planning.batches import FEWEST_FOR_ERRORS, MiniBatchVariance
 from cheapgrad.planning.budget import Budget, Limit, describe_limit, read_flops, read_memory, read_noise
 from cheapgrad.planning.candidates import LayerCandidates, find_candidates
-from cheapgrad.planning.capture import Capture, capture_pass
 from cheapgrad.planning.choosing import Menu
 from cheapgrad.planning.costs import count_costs, count_planned_costs
-from cheapgrad.planning.parts import Choice, Group, Unit, find_groups, find_units
-from cheapgrad.planning.passed_down import Noise, PassedDown
+from cheapgrad.planning.parts import Choice
+from cheapgrad.planning.passed_down import Noise
 from cheapgrad.planning.passes import LossFunction, Step, check_loss
 from cheapgrad.planning.plan_noise import Observed, PlanNoise, expected_margin, measure_plan_noise, rules_of
 from cheapgrad.planning.record import Plan, PlanFigures, PlannedLayer
 from cheapgrad.planning.regions import find_regions, measure_regions
-from cheapgrad.planning.tangents import push_forward
+from cheapgrad.planning.survey import Survey
 from cheapgrad.sketch import Moment
 
-# Batches that are looked at for the variance of the mini-batch, and for the laws.
+# Batches that are looked at.
 _MOST_BATCHES = 8
-_LAW_BATCHES = 2
-# For each of these: random directions, and draws of the plan.
+# For each batch that laws are evaluated on: random directions, and draws of the plan.
 _PROBES = 5
 _DRAWS = 3
 _ROUNDS = 4
@@ -68,8 +66,8 @@ def plan(
     Args:
         model: in training mode; it is as before when this returns, gradients, buffers and random states included.
         loss_fn: ``(model, batch) -> scalar``.
-        batches: training batches of equal size, at least 2; of more than 8 the first 8 are used, and the first 2 for
-            the laws.
+        batches: training batches of equal size, at least 2; of more than 8 the first 8 are used, and the 2
+            noisiest of them for the laws.
         memory: bytes held for backward by the whole step: ``"60 %"`` or a fraction of the exact step's, ``"4 GiB"``, or
             a number of bytes.
         flops: FLOPs of the whole backward pass, in the same manner: ``"60 %"``, ``"3 GFLOP"``.
@@ -204,28 +202,13 @@ class _Planner:
         )
 
     def _observe(self, report: CostReport) -> tuple[MiniBatchVariance, list[Observed], Menu]:
-        """Run an exact pass of every batch; the first ones are kept, of the others only sizes of noise."""
-        variance, observed = MiniBatchVariance(), []
-        layers = {name: layer.module for name, layer in self.candidates.items()}
-        sizes: list[list[list[float]]] = []
-        amplifications: list[float] = []
+        """Run an exact pass of every batch; the noisiest are kept for the laws, of the others sizes of noise."""
+        survey = Survey(self.step, self.candidates)
         with self.step.undisturbed():
-            for number, batch in enumerate(self.batches):
-                is_observed = number < _LAW_BATCHES
-                capture = capture_pass(self.step, layers, batch, finds_holders=is_observed)
-                variance.add(capture.gradient)
-                units = find_units(capture.calls, self.candidates)
-                if is_observed:
-                    below = PassedDown()
-                    self._push_forward(batch, capture, units, below, number)
-                    groups = find_groups(capture.calls, self.candidates)
-                    observed.append(Observed(batch, capture, below, units, groups))
-                    continue
-                amplifications = amplifications or _amplifications(observed)
-                sizes.append(_sizes(capture, units, observed[0].groups, amplifications))
-        amplifications = amplifications or _amplifications(observed)
-        sizes = [_sizes(one.capture, one.units, one.groups, amplifications) for one in observed] + sizes
-        return variance, observed, self._make_menu(observed, sizes, report)
+            for batch in self.batches:
+                survey.add(batch)
+            observed = survey.observe(_PROBES)
+        return survey.variance, observed, self._make_menu(observed, survey.sizes(observed), report)
 
     def _measure_regions(self, observed: Observed, report: CostReport) -> list[list[Choice]]:
         """Return the choices of blocks that can be coded with their norms and attention."""
@@ -237,41 +220,33 @@ class _Planner:
             return []
         return measure_regions(self.step, observed.batch, observed.capture, regions, report, self.skip_small)
 
-    def _push_forward(
-        self, batch: Any, capture: Capture, units: Sequence[Unit], below: PassedDown, number: int
-    ) -> None:
-        """Learn what becomes of noise below units, and below activations whose slopes may be coded."""
-        calls = [chain[0] for unit in units for chain in unit.chains]
-        for call in capture.calls:
-            if call.before is not None and call.activated and self.candidates[call.layer].stored:
-                calls.append(call.before)
-        distinct = list({id(call): call for call in calls}.values())
-        push_forward(self.step, batch, distinct, below.take, _PROBES, seed=number)
-
     def _make_menu(self, observed: list[Observed], sizes: list[list[list[float]]], report: CostReport) -> Menu:
         if len({tuple(map(len, one)) for one in sizes}) != 1 or len({_names(one) for one in observed}) != 1:
             raise BatchError("different layers run for different batches; plan with batches that take the same way")
         items = [[part.choices(one.below) for part in (*one.units, *one.groups)] for one in observed]
+        numbers = [one.number for one in observed]
         choices = [
-            self._average([of_batch[position] for of_batch in items], [one[position] for one in sizes])
+            self._average([of_batch[position] for of_batch in items], [one[position] for one in sizes], numbers)
             for position in range(len(items[0]))
         ]
         units = len(observed[0].units)
         regions = [
-            [_like_its_groups(choice, choices[units:], len(sizes)) for choice in region]
+            [_like_its_groups(choice, choices[units:], len(sizes), numbers[0]) for choice in region]
             for region in self._measure_regions(observed[0], report)
         ]
         total = report.total
         return Menu(choices[:units], choices[units:], total.saved_bytes, total.backward_flops, regions=regions)
 
-    def _average(self, choices: Sequence[Sequence[Choice]], sizes: Sequence[Sequence[float]]) -> list[Choice]:
+    def _average(
+        self, choices: Sequence[Sequence[Choice]], sizes: Sequence[Sequence[float]], numbers: Sequence[int]
+    ) -> list[Choice]:
         """Return the choices of the first batch, with the mean noise of the law, carried over to all batches."""
         averaged = []
         for each, of_choice in zip(zip(*choices, strict=True), zip(*sizes, strict=True), strict=True):
             noise = Noise()
             for choice in each:
                 noise = noise + choice.noise
-            mean, seen = math.fsum(of_choice) / len(of_choice), math.fsum(of_choice[: len(each)])
+            mean, seen = math.fsum(of_choice) / len(of_choice), math.fsum(of_choice[number] for number in numbers)
             # Without any noise in the batches looked at, all that is known is that without cross terms.
             carried = noise.scaled(mean / seen) if seen else Noise(own=mean)
             shares = tuple(size / mean if mean else 1.0 for size in of_choice)
@@ -365,36 +340,13 @@ def _correct_costs(menu: Menu, limits: dict[str, Limit], choices: Sequence[Choic
     return kept
 
 
-def _like_its_groups(choice: Choice, groups: Sequence[Sequence[Choice]], batches: int) -> Choice:
-    """Return the choice of a region, drawn in the first batch, carried over to all as its noisiest group is."""
+def _like_its_groups(choice: Choice, groups: Sequence[Sequence[Choice]], batches: int, number: int) -> Choice:
+    """Return the choice of a region, drawn in one batch, carried over to all as its noisiest group is."""
     inside = [group[0] for group in groups if group and set(group[0].layers) & set(choice.layers)]
     shares = max(inside, key=lambda one: one.noise.total).by_batch if inside else (1.0,) * batches
-    noise = choice.noise.scaled(1 / shares[0]) if shares[0] else choice.noise
+    noise = choice.noise.scaled(1 / shares[number]) if shares[number] else choice.noise
     return dataclasses.replace(choice, noise=noise, by_batch=shares)
 
 
 def _names(observed: Observed) -> tuple[tuple[str, ...], ...]:
     return tuple(part.layers for part in (*observed.units, *observed.groups))
-
-
-def _amplifications(observed: Sequence[Observed]) -> list[float]:
-    """Return, for every unit, the squared norm below of a unit of its first layer's input gradient."""
-    return [
-        math.fsum(one.below.amplification(chain[0]) for one in observed for chain in one.units[position].chains)
-        / sum(len(one.units[position].chains) for one in observed)
-        for position in range(len(observed[0].units))
-    ]
-
-
-def _sizes(
-    capture: Capture, units: Sequence[Unit], groups: Sequence[Group], amplifications: Sequence[float]
-) -> list[list[float]]:
-    """Return, for every unit and group, what the noise of each choice is near proportional to over batches."""
-    sizes = [unit.sizes(amplification) for unit, amplification in zip(units, amplifications, strict=False)]
-    energies: dict[str, float] = {}
-    for call in capture.calls if groups else ():
-        energies[call.layer] = energies.get(call.layer, 0.0) + call.energy
-    for group in groups:
-        energy = math.fsum(energies.get(layer, 0.0) for layer in group.layers)
-        sizes.append([energy] * len(group.strategies))
-    return sizes

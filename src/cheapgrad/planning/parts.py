@@ -80,19 +80,19 @@ class Unit:
             found.append(Choice(self.layers, Moment.COTANGENT, strategy, less, flops, noise, freed))
         return found
 
-    def sizes(self, amplification: float) -> list[float]:
-        """Return figures that the noise of every strategy is near proportional to, from batch to batch.
+    def sizes(self) -> list[tuple[float, float]]:
+        """Return what the noise of every strategy is near proportional to, from batch to batch.
 
-        Args:
-            amplification: of the first layers' input gradients on their way down.
+        The second of each pair is still to be multiplied by the amplification of the first layers' input gradients.
         """
-        found = [0.0] * len(self.strategies)
+        found = [(0.0, 0.0)] * len(self.strategies)
         for chain in self.chains:
             rows = [strategy for strategy in self.strategies if samples_rows(strategy, chain)]
-            sizes = iter(row_noise_sizes(chain, rows, amplification) if rows else ())
+            of_rows = iter(row_noise_sizes(chain, rows) if rows else ())
             energy = sum(call.energy for call in chain) if len(rows) < len(self.strategies) else 0.0
             for position, strategy in enumerate(self.strategies):
-                found[position] += next(sizes) if strategy in rows else energy
+                own, below = next(of_rows) if strategy in rows else (energy, 0.0)
+                found[position] = (found[position][0] + own, found[position][1] + below)
         return found
 
 

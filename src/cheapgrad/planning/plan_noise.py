@@ -35,6 +35,7 @@ class Observed:
     """One batch with everything that was recorded of its exact pass.
 
     Attributes:
+        number: its position among the batches.
         batch: the batch.
         capture: what the layers saw.
         below: tangents at their inputs.
@@ -42,6 +43,7 @@ class Observed:
         groups: layers that hold one input.
     """
 
+    number: int
     batch: Any
     capture: Capture
     below: PassedDown
@@ -106,7 +108,7 @@ def measure_plan_noise(
 
     Args:
         step: the training step.
-        observed: batches with their exact passes, the first of all batches.
+        observed: batches with their exact passes.
         choices: what is chosen.
         variance: of the gradients of all batches.
         skip_small: as in `cheapgrad.approximate`.
@@ -123,7 +125,7 @@ def measure_plan_noise(
         chains = _chains_of(cotangent, one.units)
         count = draws if meets else 0
         scales = _draw_scales(step, one, chains, rules, skip_small, count, errors)
-        modelled += [_evaluate(choices, one, chains, scale, len(observed)) for scale in (scales if meets else [{}])]
+        modelled += [_evaluate(choices, one, chains, scale) for scale in (scales if meets else [{}])]
     means = [math.fsum(values) / len(modelled) for values in zip(*modelled, strict=True)]
     of_cotangent = math.fsum(mean for choice, mean in zip(choices, means, strict=True) if choice in cotangent)
     joined, error = _join(of_cotangent, errors)
@@ -134,18 +136,18 @@ def measure_plan_noise(
         drawn = _draw_whole_errors(step, observed, choices, skip_small, _CODE_DRAWS)
         joined, error = _join(joined + of_stored, drawn, model_error)
     factor = joined / (math.fsum(means) or 1.0)
-    noises = _carry_over(choices, means, factor, len(observed), variance.batches)
+    noises = _carry_over(choices, means, factor, observed, variance.batches)
     total = math.fsum(noises) / len(noises)
     return PlanNoise(total, error / joined if joined else 0.0, relative_error_of_ratio(noises, variance))
 
 
 def _carry_over(
-    choices: Sequence[Choice], means: Sequence[float], factor: float, observed: int, batches: int
+    choices: Sequence[Choice], means: Sequence[float], factor: float, observed: Sequence[Observed], batches: int
 ) -> list[float]:
     """Return the noise of every batch."""
     noises = [0.0] * batches
     for choice, mean in zip(choices, means, strict=True):
-        of_observed = math.fsum(choice.by_batch[:observed]) / observed
+        of_observed = math.fsum(choice.by_batch[one.number] for one in observed) / len(observed)
         # Without any noise in the observed batches, all that is known is that of the law without cross terms.
         typical = factor * mean / of_observed if of_observed else choice.noise.total
         noises = [noise + typical * share for noise, share in zip(noises, choice.by_batch, strict=True)]
@@ -295,7 +297,7 @@ def _ratio(call: Call, cotangent: Tensor) -> Tensor:
 
 
 def _evaluate(
-    choices: Sequence[Choice], observed: Observed, chains: _Chains, scales: Mapping[int, Tensor], observed_count: int
+    choices: Sequence[Choice], observed: Observed, chains: _Chains, scales: Mapping[int, Tensor]
 ) -> list[float]:
     """Return the noise of every choice for one draw of the cotangents."""
     stored = {name for choice in choices if choice.moment is Moment.STORED for name in choice.layers}
@@ -315,8 +317,7 @@ def _evaluate(
     for position, choice in enumerate(choices):
         if choice.is_region:
             # It was drawn, and no law says what the rows that are drawn above do to it.
-            of_observed = math.fsum(choice.by_batch[:observed_count]) / observed_count
-            found[position] = choice.noise.scaled(of_observed)
+            found[position] = choice.noise.scaled(choice.by_batch[observed.number])
         elif choice.moment is Moment.STORED:
             noise = Noise()
             for call in observed.capture.calls:

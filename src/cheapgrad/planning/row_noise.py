@@ -99,29 +99,28 @@ class _Draw:
         return torch.where(self.probabilities > 0, 1 / self.probabilities - 1, 0.0)
 
 
-def row_noise_sizes(
-    chain: Sequence[Call], strategies: Sequence[AbstractRowSampling], amplification: float
-) -> list[float]:
-    """Return ``Σ_n (1/p_n − 1) ‖a_n‖²`` for every strategy: its noise but for cross terms.
+def row_noise_sizes(chain: Sequence[Call], strategies: Sequence[AbstractRowSampling]) -> list[tuple[float, float]]:
+    """Return ``Σ_n (1/p_n − 1) ‖a_n‖²`` for every strategy, noise but for cross terms: of the chain, and of its dX.
 
-    Batches differ by it: few rows that carry the gradient make it large.
+    Batches differ by it: few rows that carry the gradient make it large. The second one is still to be multiplied by
+    the squared norm that a unit of dX has below.
 
     Args:
         chain: calls of layers that share one draw.
         strategies: their budgets and scores.
-        amplification: the squared norm below of a unit of dX, as measured on other batches.
     """
     rows = chain[-1].use.cotangent.numel() // chain[-1].use.cotangent.shape[-1]
-    energy_N = torch.zeros(rows, dtype=torch.float64, device=chain[-1].input.device)
+    energy = torch.zeros(2, rows, dtype=torch.float64, device=chain[-1].input.device)
     for call in chain:
-        energy_N += (row_squares(call.input) * row_squares(call.use.cotangent)).double()
-    if amplification and chain[0].input_gradient is not None:
-        energy_N += amplification * row_squares(chain[0].input_gradient).double()
+        energy[0] += row_squares(call.input) * row_squares(call.use.cotangent)
+    if chain[0].input_gradient is not None:
+        energy[1] += row_squares(chain[0].input_gradient)
     matrices, known = _matrices(chain[-1], None), {}
     sizes = []
     for strategy in strategies:
         draw = _Draw.of(chain, strategy, matrices, known)
-        sizes.append(float(draw.excess @ energy_N.view(-1, draw.block).sum(1)))
+        own, below = (energy.view(2, -1, draw.block).sum(2) @ draw.excess).tolist()
+        sizes.append((own, below))
     return sizes
 
 

@@ -48,6 +48,9 @@ _NAMES = (
     "control",
 )
 
+# Benchmarks whose records hold different things.
+_MIXED = ("control",)
+
 
 def main() -> None:
     """Run the chosen benchmarks."""
@@ -69,7 +72,9 @@ def main() -> None:
     )
     parser.add_argument("--compiled", action="store_true", help="networks: measure compiled steps too (minutes)")
     parser.add_argument("--network", action="append", default=[], help="networks: only those with this in their name")
-    parser.add_argument("--steps", type=int, default=400, help="control: training steps (default: 400)")
+    parser.add_argument("--audits", type=int, default=9, help="audit: per method and network (default: 9)")
+    parser.add_argument("--resume", action="store_true", help="audit: leave out what --out holds already")
+    parser.add_argument("--steps", type=int, default=240, help="control: training steps (default: 240)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="JSON lines are appended here")
     arguments = parser.parse_args()
@@ -83,8 +88,9 @@ def main() -> None:
             records = []
             for record in _run(name, arguments, everything):
                 records.append(record)
-                file.write(json.dumps(record | {"environment": environment}) + "\n")
-                file.flush()
+                if "environment" not in record:
+                    file.write(json.dumps(record | {"environment": environment}) + "\n")
+                    file.flush()
             _print(name, records, environment)
             everything += records
 
@@ -107,9 +113,10 @@ def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]
     if name == "bias":
         return measure_bias(splits=300)
     if name == "audit":
-        return measure_audits()
+        finished = _read_finished(arguments.out, name) if arguments.resume else {}
+        return measure_audits(seeds=arguments.audits, finished=finished)
     if name == "control":
-        return measure_control(data=arguments.data, steps=arguments.steps, windows=8, rounds=arguments.rounds)
+        return measure_control(data=arguments.data, steps=arguments.steps, windows=6, rounds=arguments.rounds)
     if name == "networks":
         return measure_networks(rounds=arguments.rounds, compiled=arguments.compiled, names=arguments.network)
     if name == "published":
@@ -124,13 +131,23 @@ def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]
     return measure_noise(data=arguments.data, epochs=epochs, batches=16, draws=2)
 
 
+def _read_finished(path: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Return the records of a benchmark that a file of JSON lines holds, by method, each with its own environment."""
+    if not path.exists():
+        return {}
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {record["method"]: record for record in records if record["benchmark"] == name}
+
+
 def _print(name: str, records: Iterable[dict[str, Any]], environment: dict[str, Any]) -> None:
     records = list(records)
     if not records:
         return
     table = Table(title=f"{name} ({environment['processor']}, {environment['threads']} threads)", title_justify="left")
-    keys = [key for key in records[0] if key != "benchmark" and any(record.get(key) is not None for record in records)]
-    keys = list(dict.fromkeys([*keys, *(key for record in records for key in record if key.startswith("target"))]))
+    hidden = ("benchmark", "environment")
+    keys = list(dict.fromkeys(key for record in records for key in record if key not in hidden))
+    keys = [key for key in keys if any(record.get(key) is not None for record in records)]
+    keys = [key for key in keys if key in records[0] or name in _MIXED or key.startswith("target")]
     for key in keys:
         table.add_column(key.replace("_", " "), justify="left" if key == "method" else "right")
     for record in records:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,27 +60,35 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return functional.cross_entropy(model(batch[0]), batch[1])
 
 
-def measure_audits() -> Iterator[dict[str, Any]]:
-    """Yield false alarms of every method and hits of every mistake, at the default number of draws."""
-    audits = alarms = 0
-    for name, strategies in track(METHODS.items(), description="unbiased methods"):
-        reports = [
-            audit(_convert(network, seed, strategies), loss_fn, _make_batch(seed), seed=seed, progress=False)
-            for network in NETWORKS
-            for seed in range(SEEDS_OF_METHODS)
-        ]
-        audits, alarms = audits + len(reports), alarms + sum(not report.unbiased for report in reports)
-        yield _summarise(name, "unbiased", reports)
-    yield {
-        "benchmark": "audit",
-        "method": "all unbiased methods",
-        "kind": "unbiased",
-        "audits": audits,
-        "alarms": alarms,
-    }
-    for name, run in track(_list_mistakes().items(), description="planted mistakes"):
-        reports = [run(network, seed) for network in NETWORKS for seed in range(SEEDS_OF_MISTAKES)]
-        yield _summarise(name, "mistake", reports)
+def measure_audits(
+    *, seeds: int = SEEDS_OF_METHODS, finished: Mapping[str, dict[str, Any]] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield false alarms of every method and hits of every mistake, at the default number of draws.
+
+    Args:
+        seeds: networks trained and batches per method and architecture; mistakes take fewer.
+        finished: records of an interrupted run by method; what they hold is not measured again.
+    """
+    rows = [
+        (name, "unbiased", functools.partial(_audit_method, strategies), seeds) for name, strategies in METHODS.items()
+    ]
+    fewer = min(seeds, SEEDS_OF_MISTAKES)
+    rows += [(name, "mistake", run, fewer) for name, run in _list_mistakes().items()]
+    records = []
+    for name, kind, run, count in track(rows, description="audits"):
+        record = (finished or {}).get(name, {})
+        if record.get("audits") != count * len(NETWORKS):
+            record = _summarise(name, kind, [run(network, seed) for network in NETWORKS for seed in range(count)])
+        records.append(record)
+        yield record
+    for kind in ("unbiased", "mistake"):
+        of_kind = [record for record in records if record["kind"] == kind]
+        sums = {key: sum(record[key] for record in of_kind) for key in ("audits", "alarms", "first_alarms")}
+        yield {"benchmark": "audit", "method": f"all: {kind}", "kind": kind, **sums}
+
+
+def _audit_method(strategies: dict[str, Any], network: str, seed: int) -> AuditReport:
+    return audit(_convert(network, seed, strategies), loss_fn, _make_batch(seed), seed=seed, progress=False)
 
 
 def _summarise(name: str, kind: str, reports: list[AuditReport]) -> dict[str, Any]:

@@ -8,36 +8,73 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import cheapgrad
 from cheapgrad import audit
 from cheapgrad.sketch import RowSample
 from tests.auditing import planted
-from tests.auditing.planted import make_batch, make_network, mean_loss
+from tests.auditing.planted import make_batch, make_network, mean_loss, right_loss
+
+WORLD_SIZE = 2
 
 
-def _make_model(convert: bool) -> nn.Module:
-    torch.manual_seed(0)
+def _shard(model: nn.Sequential) -> nn.Sequential:
+    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    fully_shard(model[3], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def _make_sketched() -> nn.Sequential:
     model = make_network(planted.exact)
     model[3] = nn.Linear(planted.H, planted.H)
-    if convert:
-        cheapgrad.approximate(model, cheapgrad.Rule("*", cotangent=RowSample(keep=0.5)), skip_small=False)
+    cheapgrad.approximate(model, cheapgrad.Rule("*", cotangent=RowSample(keep=0.5)), skip_small=False)
     return model
+
+
+def _averaged_squared_norm(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
+    """Return the squared norm of the exact gradient, averaged over processes, of a model that is not shared out."""
+    with cheapgrad.get_handle(model).exact():
+        gradients = torch.autograd.grad(mean_loss(model, batch), list(model.parameters()))
+    for gradient in gradients:
+        torch.distributed.all_reduce(gradient)
+    return sum(float((gradient / WORLD_SIZE).square().sum()) for gradient in gradients)
 
 
 def main(rank: int, store_file: str) -> None:
     """Run the audits; an exception is the failure."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store_file}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store_file}", rank=rank, world_size=WORLD_SIZE)
+    world = torch.distributed.group.WORLD
     batch = make_batch(seed=rank)
-    sharded = _make_model(convert=True)
-    fully_shard(sharded[3], mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    report = audit(sharded, mean_loss, batch, group=torch.distributed.group.WORLD)
-    print(report)
+    sketched = _make_sketched()
+    squared_norm = _averaged_squared_norm(sketched, batch)
+    report = audit(_shard(sketched), mean_loss, batch, group=world)
+    assert report.unbiased
+    # Averaged before anybody sees it: the same draws everywhere, which count once; of whole parameters, not of shards.
+    assert (report.draws, report.processes) == (64, 1)
+    assert abs(report.squared_norm / squared_norm - 1) < 1e-4
+    assert report.layer("3.weight").coordinates == planted.H**2
+    assert report.relative_variance > 0.1
+    _assert_left_as_it_was(sketched)
+
+    for backward, draws in ((planted.one_percent_too_long, 8), (planted.sampled_rows(weighted=False), 64)):
+        model = _shard(make_network(backward))
+        wrong = audit(model, mean_loss, batch, reference=right_loss, group=world, draws=draws)
+        assert [layer.name for layer in wrong.biased_layers] == ["3.weight"]
+    right = audit(_shard(make_network(planted.sampled_rows())), mean_loss, batch, reference=right_loss, group=world)
+    assert right.unbiased
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _assert_left_as_it_was(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        assert isinstance(parameter, DTensor)
+        assert parameter.grad is None
 
 
 if __name__ == "__main__":

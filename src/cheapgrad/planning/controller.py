@@ -22,6 +22,7 @@ from cheapgrad.planning.controller_law import (
     round_keep,
     shift_keep,
 )
+from cheapgrad.planning.controller_memory import recall, remember
 from cheapgrad.planning.controller_pass import TOTALS
 from cheapgrad.planning.controller_trial import Look, Trial, TrialDesign
 from cheapgrad.sketch import LayerShape, RowSample
@@ -33,8 +34,9 @@ _STEPS_PER_PERIOD, _SPARSE_PERIOD = 12, 8
 # What is known before a trial: noise over the predicted noise, and how many trials' worth that is.
 _USUAL_CALIBRATION, _USUAL_NOISE = 1.2, 0.5
 _CALIBRATIONS = (0.25, 8.0)
-# Memory: of the calibration, which moves slowly, in trials; of the layers' own noise and the draws' curves, in looks.
-_CALIBRATION_TRIALS, _LAYER_LOOKS, _CURVE_LOOKS = 16, 6, 4
+# Memory: of the calibration, which moves slowly, in trials, more of them where they are frequent and show less; of the
+# layers' own noise, in looks.
+_CALIBRATION_TRIALS, _FREQUENT_TRIALS, _LAYER_LOOKS = 16, 32, 5
 # The sampled half of a trial is noisier than the target by this factor, so that the difference can be seen; at first,
 # when trials are frequent, by the factor at which half a batch adds as much as the target.
 _TRIAL_FACTOR, _DENSE_TRIAL_FACTOR = 4.0, 2.0
@@ -266,14 +268,11 @@ class Controller:
     def _prepare(self) -> None:
         """Set the strategies of the next step."""
         look, keeps = self._look(), self.keeps
-        designs = {name: value.design for name, value in self._base.items()}
-        self._trial = None
+        self._trial, designs = None, {name: value.design for name, value in self._base.items()}
         if look is not None:
             layers = frozenset(self._curves) if look is Look.CURVES else None
             self._trial = Trial(self._seed + 0x9E3779B1 * (self._step + 1), self._count_examples, look, layers)
-            designs = {
-                name: TrialDesign(value.design, self._trial, name, keeps[name]) for name, value in self._base.items()
-            }
+            designs = {name: TrialDesign(design, self._trial, name, keeps[name]) for name, design in designs.items()}
         if look is Look.HALVES and self._curves:
             keeps = self._keeps(self._find_shift(self._trial_factor() * self.target))
         present = self._handle.strategies()
@@ -320,8 +319,9 @@ class Controller:
             return
         if compares:
             self._misses = 0
-            self._totals = self._totals * (1 - 1 / _CALIBRATION_TRIALS) + totals
-            self._curves = {layer: curve for layer, curve in self._curves.items() if layer in curves}
+            trials = _FREQUENT_TRIALS if self._period() < _SPARSE_PERIOD else _CALIBRATION_TRIALS
+            self._totals = self._totals * (1 - 1 / trials) + totals
+            self._curves = {layer: memory for layer, memory in self._curves.items() if layer in curves}
             self._layers = {layer: pair for layer, pair in self._layers.items() if layer in curves}
         self._add_layers(layers, compares)
         self._add_curves(curves)
@@ -348,10 +348,9 @@ class Controller:
         log_size = math.log(max(sum(float(curve[-1]) for curve in curves.values()), 1e-300))
         trend = log_size if self._log_size is None else self._log_size
         self._log_size = trend + (log_size - trend) / _TREND_LOOKS
-        kept = 1 - 1 / _CURVE_LOOKS
         for layer, curve in curves.items():
             scaled = curve * math.exp(min(log_size - trend, _LARGEST_WEIGHT) - log_size)
-            self._curves[layer] = scaled + kept * self._curves[layer] if layer in self._curves else scaled
+            self._curves[layer] = remember(self._curves.get(layer), scaled)
 
     def _share(self, trial: Trial) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Return the trial's sums over all ranks."""
@@ -383,12 +382,17 @@ class Controller:
             for layer, pair in self._layers.items()
         }
 
+    def _known_curves(self) -> dict[str, Tensor]:
+        return {layer: recall(memory) for layer, memory in self._curves.items()}
+
     def _noise_at(self, shift: float) -> float:
-        return self._per_prediction() * predict_noise(self._curves, self._keeps(shift), self._weights())
+        return self._per_prediction() * predict_noise(self._known_curves(), self._keeps(shift), self._weights())
 
     def _find_shift(self, target: float) -> float:
         keeps = {layer: self._base[layer].keep for layer in self._curves}
-        shift = find_shift(self._curves, keeps, self._weights(), target / self._per_prediction(), self._least_keep)
+        shift = find_shift(
+            self._known_curves(), keeps, self._weights(), target / self._per_prediction(), self._least_keep
+        )
         return shift if math.isfinite(shift) else self._shift
 
 

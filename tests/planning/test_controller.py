@@ -87,11 +87,16 @@ def _measured_noise(model: nn.Module, handle: cheapgrad.Handle) -> float:
 def test_noise_is_kept_at_the_target(target: float) -> None:
     model, handle, controller = _setup(keep=0.25, noise=target, every=2)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(81):
+    noises, keeps = [], {}
+    # Over a stretch of training, as the page defines it: each moment's budgets are estimates.
+    for step in range(1, 122):
         _step(model, controller, generator)
-    keeps = controller.keeps
-    handle.replace_strategies({name: RowSample(keep) for name, keep in keeps.items()})
-    assert _measured_noise(model, handle) == pytest.approx(target, rel=0.2)
+        if step % 20 == 1 and step > 40:
+            in_force, keeps = handle.strategies(), controller.keeps
+            handle.replace_strategies({name: RowSample(keep) for name, keep in keeps.items()})
+            noises.append(_measured_noise(model, handle))
+            handle.replace_strategies(in_force)
+    assert sum(noises) / len(noises) == pytest.approx(target, rel=0.2)
     # The start, keep .25, is far off: a controller that does nothing fails.
     handle.replace_strategies({name: RowSample(0.25) for name in keeps})
     assert abs(_measured_noise(model, handle) / target - 1) > 0.4

@@ -50,11 +50,11 @@ class Activation:
 
     def texts(self) -> tuple[Any, ...]:
         """Return name and options as plain data, with None for every number."""
-        return self.name, tuple((option, None if _is_number(value) else value) for option, value in self.options)
+        return self.name, tuple((option, value if isinstance(value, str) else None) for option, value in self.options)
 
     def numbers(self) -> tuple[float, ...]:
         """Return the options that are numbers, which compiled graphs may hold as symbols."""
-        return tuple(value for _, value in self.options if _is_number(value))
+        return tuple(value for _, value in self.options if not isinstance(value, str))
 
     def __post_init__(self) -> None:
         names = activation_names()
@@ -243,10 +243,6 @@ def _pull_back_slope(
     codec = activation.codec(bits)
     slope = codec.decode(packed, flags, grad_KI.shape[1], grad_KI.dtype)
     return (torch.mul(slope, codec.blocks(grad_KI)).to(grad_KI.dtype).reshape(grad_KI.shape),)
-
-
-def _is_number(option: Any) -> bool:
-    return isinstance(option, (int, float)) and not isinstance(option, bool)
 
 
 def _pack_branch(x_NI: Tensor, *, activation: Activation) -> tuple[Tensor]:

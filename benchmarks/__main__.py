@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--audits", type=int, default=9, help="audit: per method and network (default: 9)")
     parser.add_argument("--resume", action="store_true", help="audit: leave out what --out holds already")
     parser.add_argument("--steps", type=int, default=240, help="control: training steps (default: 240)")
+    parser.add_argument("--method", action="append", default=[], help="networks: only methods with this in their name")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="JSON lines are appended here")
     arguments = parser.parse_args()
@@ -118,7 +119,12 @@ def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]
     if name == "control":
         return measure_control(data=arguments.data, steps=arguments.steps, windows=6, rounds=arguments.rounds)
     if name == "networks":
-        return measure_networks(rounds=arguments.rounds, compiled=arguments.compiled, names=arguments.network)
+        return measure_networks(
+            rounds=arguments.rounds,
+            compiled=arguments.compiled,
+            networks=arguments.network,
+            methods=arguments.method,
+        )
     if name == "published":
         return measure_published()
     if name == "codec":

@@ -144,22 +144,29 @@ def methods_for(network: Network, *, compiled: bool) -> tuple[Method, ...]:
     return (*EAGER, *fused, *(COMPILED if compiled else ()))
 
 
-def measure_networks(*, rounds: int, compiled: bool, names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def measure_networks(
+    *, rounds: int, compiled: bool, networks: Sequence[str] = (), methods: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
     """Yield one record per network and method; of a method that fails, what it said in the place of numbers.
 
     Args:
         rounds: interleaved rounds per timing.
         compiled: whether compiled steps are measured too; it takes minutes.
-        names: parts of the names of the networks to measure; all of them by default.
+        networks: parts of the names of the networks to measure; all if there are none.
+        methods: the same for methods; exact steps are always measured, as the reference.
     """
     import torch._dynamo.config as dynamo_config
 
-    chosen = [network for network in NETWORKS if not names or any(name in network.name for name in names)]
-    for network in chosen:
+    for network in NETWORKS:
+        if networks and not any(part in network.name for part in networks):
+            continue
+        chosen = methods_for(network, compiled=compiled)
+        if methods:
+            chosen = (EXACT, *(each for each in chosen[1:] if any(part in each.name for part in methods)))
         torch._dynamo.reset()
         # Copies of one model share their code, and every compiled method adds graphs to it.
         with dynamo_config.patch(recompile_limit=_GRAPHS_PER_CODE):  # type: ignore[attr-defined]
-            yield from _measure_network(network, methods_for(network, compiled=compiled), rounds)
+            yield from _measure_network(network, chosen, rounds)
 
 
 @dataclass

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Checks what cheapgrad builds on: Python and torch, companions of torch that were built for another version, numpy,
-threads against processors, GPUs, random generators, sketched layers in a checkpoint and under autocast, and
-torch.compile. The exit status is 1 if something is broken."""
+threads against processors, GPUs, random generators, sketched layers in a checkpoint and under autocast,
+torch.compile, and codecs that are to be fused. The exit status is 1 if something is broken."""
 
 
 def add_parser(commands: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from cheapgrad.convert.layer_record import LayerRecord
 from cheapgrad.cost.units import format_bytes, format_flops
+from cheapgrad.sketch.fusing import why_unfused
 
 _HEADS: tuple[str, ...] = ("layer", "kind", "status", "saved", "backward", "rel. var. dW")
 # Columns of text, broken over lines where they are wider than this: nothing is cut out of them.
@@ -152,12 +153,28 @@ def _footnotes(rows: Sequence[LayerRecord]) -> list[str]:
     for reason in dict.fromkeys(row.unpredicted for row in converted if row.unpredicted):
         names = _enumerate(row for row in converted if row.unpredicted == reason)
         notes.append(f"no variance of {names} can be predicted: {reason}")
+    notes += _fusing_notes(converted)
     if seen:
         notes.append(
             "bytes and FLOPs are modelled layer by layer, as if every layer needed dX and dW; a neighbour (a ReLU, a "
             "norm) may keep the same input, and then more is held than before: handle.measure_cost(batch), two runs of "
             "cheapgrad.scan, counts what really runs and what the network holds"
         )
+    return notes
+
+
+def _fusing_notes(converted: Sequence[LayerRecord]) -> list[str]:
+    """Return how codecs run, where there are any."""
+    codecs = [row.stored for row in converted if row.stored is not None and row.stored.startswith("StochasticRounding")]
+    fused = [codec for codec in codecs if "fused=True" in codec]
+    notes = []
+    if len(fused) < len(codecs):
+        notes.append(
+            f"codecs of {len(codecs) - len(fused)} layers run unfused, one operation after the other: fused=True "
+            "(recipes.memory(bits=4, fused=True)) compiles them, in seconds at the first step, for faster ones"
+        )
+    if fused and why_unfused():
+        notes.append(f"codecs of {len(fused)} layers were to be fused, but run unfused: {why_unfused()}")
     return notes
 
 

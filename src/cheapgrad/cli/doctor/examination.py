@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from cheapgrad.cli.doctor.compiling import BACKENDS, check_compile, skip_compile
+from cheapgrad.cli.doctor.compiling import BACKENDS, FUSING, check_compile, name_of, skip_compile
 from cheapgrad.cli.doctor.packages import check_companions, check_extras, check_numpy, check_python, check_torch
 from cheapgrad.cli.doctor.processors import check_cuda, check_threads
 from cheapgrad.cli.doctor.randomness import check_generators, check_sketches
@@ -37,7 +37,7 @@ def examine(*, compile_too: bool = True, on_finding: Callable[[Finding], object]
         ("sketched layers", check_sketches),
     ]
     compile_or_not = check_compile if compile_too else skip_compile
-    checks += [(f"compile ({backend})", partial(compile_or_not, backend)) for backend in BACKENDS]
+    checks += [(name_of(backend), partial(compile_or_not, backend)) for backend in (*BACKENDS, FUSING)]
     findings = []
     for name, check in checks:
         findings.append(_run(name, check))

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from cheapgrad.ops.chains.stage import AbstractOpenedStage, AbstractStage, KeptRows, Rebuild
 from cheapgrad.ops.plan import Plan, RootUse
-from cheapgrad.sketch import AbstractStrategy, StochasticRounding
+from cheapgrad.sketch import AbstractStrategy, DenseMatrix, Moment, Operands, StochasticRounding
 from cheapgrad.sketch._codes import decode_groups
 from cheapgrad.sketch.fusing import work_by_rows
 
 
 def encode_twice(codec: AbstractStrategy, x_hat: Tensor) -> tuple[Tensor, ...]:
     """Return two independent codes of normalised rows ``[..., I]``."""
-    if not isinstance(codec, StochasticRounding):
-        raise RuntimeError("a norm joins a chain with codes of stochastic rounding only")
-    return codec.store_twice(x_hat.reshape(-1, x_hat.shape[-1]), codec.bits)
+    matrix_NI = x_hat.reshape(-1, x_hat.shape[-1])
+    if isinstance(codec, StochasticRounding):
+        return codec.store_twice(matrix_NI, codec.bits)
+    operands = Operands(Moment.STORED, DenseMatrix(matrix_NI))
+    return (*codec.store(operands), *codec.store(operands))
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class SecondCode:
     """
 
     tensors: tuple[Tensor, ...]
-    codec: StochasticRounding
+    codec: AbstractStrategy
 
     def pull_back(
         self, grad_KI: Tensor, normalised_KI: Tensor, root_K: Tensor, scale_I: Tensor | None, *, is_centred: bool
@@ -49,8 +51,10 @@ class SecondCode:
         """
         rows = grad_KI, normalised_KI, root_K, *self.tensors
         shared = () if scale_I is None else (scale_I.detach(),)
-        options = {"bits": self.codec.bits, "is_centred": is_centred, "is_decoded": len(self.tensors) == 1}
-        return work_by_rows(_pull_back, rows, shared, fused=self.codec.fused, **options)[0]
+        codec = self.codec
+        bits, fused = (codec.bits, codec.fused) if isinstance(codec, StochasticRounding) else (0, False)
+        options = {"bits": bits, "is_centred": is_centred, "is_decoded": len(self.tensors) == 1}
+        return work_by_rows(_pull_back, rows, shared, fused=fused, **options)[0]
 
 
 def _pull_back(
@@ -84,15 +88,14 @@ def take_codes(
         features: I.
         rows: the rows to take.
     """
-    if not isinstance(codec, StochasticRounding):
-        raise RuntimeError("a norm joins a chain with codes of stochastic rounding only")
     root_N, *codes = record
-    first_KI = rows.decode(codec, tuple(codes[:2]), features, root_N.dtype)
-    if features % codec.group:
-        second = (rows.decode(codec, tuple(codes[2:]), features, root_N.dtype),)
-    else:
+    half = len(codes) // 2
+    first_KI = rows.decode(codec, tuple(codes[:half]), features, root_N.dtype)
+    if isinstance(codec, StochasticRounding) and features % codec.group == 0:
         groups = features // codec.group
-        second = tuple(rows.take(tensor).unflatten(1, (groups, -1)) for tensor in codes[2:])
+        second = tuple(rows.take(tensor).unflatten(1, (groups, -1)) for tensor in codes[half:])
+    else:
+        second = (rows.decode(codec, tuple(codes[half:]), features, root_N.dtype),)
     return rows.take(root_N), first_KI, SecondCode(second, codec)
 
 

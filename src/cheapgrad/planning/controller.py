@@ -22,7 +22,7 @@ from cheapgrad.planning.controller_law import (
     round_keep,
     shift_keep,
 )
-from cheapgrad.planning.controller_memory import count_looks, recall, remember
+from cheapgrad.planning.controller_memory import recall, remember
 from cheapgrad.planning.controller_pass import TOTALS
 from cheapgrad.planning.controller_trial import Look, Trial, TrialDesign
 from cheapgrad.sketch import LayerShape, RowSample
@@ -30,12 +30,12 @@ from cheapgrad.sketch import LayerShape, RowSample
 # A trial at each of the first steps, then at every second one, then at every `every`-th.
 _DENSE_STEPS, _HALF_DENSE_STEPS = 8, 32
 # Later their period grows with the training: at step n it is no longer than n over this.
-_STEPS_PER_PERIOD, _SPARSE_PERIOD = 12, 8
+_STEPS_PER_PERIOD, _SPARSE_PERIOD = 24, 4
 # What is known before a trial: noise over the predicted noise, and how many trials' worth that is.
 _USUAL_CALIBRATION, _USUAL_NOISE = 1.2, 0.5
 _CALIBRATIONS = (0.25, 8.0)
-# Memory: of the calibration, which moves slowly, in trials.
-_CALIBRATION_TRIALS = 16
+# Memory: of the calibration, which moves slowly, in trials; of the layers' own noise, in looks.
+_CALIBRATION_TRIALS, _LAYER_LOOKS = 16, 5
 # The sampled half of a trial is noisier than the target by this factor, so that the difference can be seen; at first,
 # when trials are frequent, by the factor at which half a batch adds as much as the target.
 _TRIAL_FACTOR, _DENSE_TRIAL_FACTOR = 4.0, 2.0
@@ -332,7 +332,7 @@ class Controller:
         """Add the layers' own noise; where no example kept all rows, it is relative to noisy gradients."""
         total = self.calibration * sum(float(pair[0]) for pair in layers.values())
         scale = 1.0 if compares else 1 / (1 - min(total, 0.8))
-        kept = 1 - 1 / count_looks(self._step, max(1, self._period() // _LAYER_LOOKS_BETWEEN))
+        kept = 1 - 1 / _LAYER_LOOKS
         for layer, pair in layers.items():
             scaled = torch.stack([pair[0] * scale, pair[1]])
             self._layers[layer] = scaled + kept * self._layers[layer] if layer in self._layers else scaled
@@ -346,10 +346,9 @@ class Controller:
         log_size = math.log(max(sum(float(curve[-1]) for curve in curves.values()), 1e-300))
         trend = log_size if self._log_size is None else self._log_size
         self._log_size = trend + (log_size - trend) / _TREND_LOOKS
-        looks = count_looks(self._step, max(1, self._period() // _CURVE_LOOKS_BETWEEN))
         for layer, curve in curves.items():
             scaled = curve * math.exp(min(log_size - trend, _LARGEST_WEIGHT) - log_size)
-            self._curves[layer] = remember(self._curves.get(layer), scaled, looks)
+            self._curves[layer] = remember(self._curves.get(layer), scaled)
 
     def _share(self, trial: Trial) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Return the trial's sums over all ranks."""

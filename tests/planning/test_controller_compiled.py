@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,14 +23,15 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-def _setup(backend: object) -> tuple[nn.Module, nn.Module, cheapgrad.Handle]:
+def _setup(backend: Any) -> tuple[nn.Sequential, nn.Module, cheapgrad.Handle]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 4))
     handle = cheapgrad.approximate(model, cheapgrad.Rule(cotangent=RowSample(0.5)), skip_small=False)
-    return model, torch.compile(model, backend=backend), handle
+    compiled: Any = torch.compile(model, backend=backend)
+    return model, compiled, handle
 
 
-def _gradient(model: nn.Module, compiled: nn.Module, x: Tensor) -> Tensor:
+def _gradient(model: nn.Sequential, compiled: nn.Module, x: Tensor) -> Tensor:
     return torch.autograd.grad(compiled(x).square().mean(), model[0].weight)[0]
 
 

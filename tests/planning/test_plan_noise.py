@@ -12,7 +12,7 @@ import cheapgrad
 from cheapgrad.planning.batches import MiniBatchVariance, relative_error_of_ratio
 from cheapgrad.planning.row_noise import _fold
 from cheapgrad.sketch import RowSample
-from cheapgrad.sketch.designs import Systematic
+from cheapgrad.sketch.designs import OrderedPivotal, Systematic
 from cheapgrad.sketch.designs._abstract import approximate_variance
 from cheapgrad.sketch.water_filling import water_filling
 from tests.planning.networks import Batch, exact_gradients, loss_fn, make_batches, make_mlp, measure_noise
@@ -123,6 +123,13 @@ def test_several_budgets_at_once_have_the_variances_of_each() -> None:
     ]
     torch.testing.assert_close(together, torch.stack(each), rtol=1e-12, atol=1e-12)
     assert together[-1] == 0.0
+
+
+def test_designs_with_variances_of_their_own_are_not_approximated() -> None:
+    many = torch.full((40,), 0.5, dtype=torch.float64)
+    assert Systematic().is_approximated(many)
+    assert not Systematic(permute=False).is_approximated(many)
+    assert not OrderedPivotal().is_approximated(many)
 
 
 def test_folded_features_keep_squared_norms_on_average() -> None:

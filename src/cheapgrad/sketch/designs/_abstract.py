@@ -74,7 +74,9 @@ class AbstractFixedSizeDesign(AbstractDesign):
 
     def is_approximated(self, probabilities: Tensor) -> bool:
         """Tell whether the variance is that of `approximate_variance`: no exact joint probabilities are known."""
-        return self.joint_inclusion(probabilities) is None
+        # A design with a variance of its own says so itself.
+        is_own = type(self).variance is not AbstractFixedSizeDesign.variance
+        return not is_own and self.joint_inclusion(probabilities) is None
 
     def draw(self, scores: Tensor, count: int, generator: torch.Generator | None = None) -> Selection:
         """Draw exactly ``min(count, n)`` distinct atoms with the water-filling inclusion probabilities."""

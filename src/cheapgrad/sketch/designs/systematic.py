@@ -88,7 +88,7 @@ class Systematic(AbstractFixedSizeDesign):
 
     def is_approximated(self, probabilities: Tensor) -> bool:
         """Tell whether the variance is approximated: for many atoms in random order; in order it is an integral."""
-        return self.permute and super().is_approximated(probabilities)
+        return self.permute and self.joint_inclusion(probabilities) is None
 
     def joint_inclusion(self, probabilities: Tensor) -> Tensor | None:
         """Average, over all orders, the length on the unit circle where two atoms' arcs overlap; None in order."""

@@ -245,8 +245,9 @@ class Handle:
             >>> import cheapgrad
             >>> model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8), nn.Softmax(-1))
             >>> handle = cheapgrad.approximate(model, cheapgrad.recipes.memory(bits=4), skip_small=False)
-            >>> [(each.module, each.held_bytes) for each in handle.uncovered(torch.randn(32, 64))]
-            [('3', 1024)]
+            >>> for each in handle.uncovered(torch.randn(32, 64)):
+            ...     print(each.module, each.held_bytes)
+            3 1024
         """
         self._check_live()
         report = scan(self.model, *inputs, loss=loss, fake=fake, **kwargs)

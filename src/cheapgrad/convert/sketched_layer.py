@@ -78,7 +78,9 @@ class Conversion:
     @property
     def kind(self) -> LayerKind:
         """The kind of the original class."""
-        kind = _kind_of_converted(self.original_class)
+        # The compiler warns of caches that it looks behind.
+        find = kind_of if torch.compiler.is_compiling() else _kind_of_converted
+        kind = find(self.original_class)
         if kind is None:
             raise RuntimeError(f"{self.original_class.__name__} is no convertible class")
         return kind

@@ -20,6 +20,7 @@ from cheapgrad.sketch import (
     ExampleSample,
     FeatureSample,
     JointNorm,
+    OrderedPivotal,
     Pivotal,
     PredictedNorm,
     RowSample,
@@ -41,6 +42,15 @@ def methods() -> Methods:
         "cotangent rows .5, in order": (cheapgrad.Rule(cotangent=RowSample(0.5, design=Systematic(False))), None),
         "cotangent rows .35, in order": (cheapgrad.Rule(cotangent=RowSample(0.35, design=Systematic(False))), None),
         "cotangent rows .25, in order": (cheapgrad.Rule(cotangent=RowSample(0.25, design=Systematic(False))), None),
+        "cotangent rows .5, ordered pivotal": (cheapgrad.Rule(cotangent=RowSample(0.5, design=OrderedPivotal())), None),
+        "cotangent rows .35, ordered pivotal": (
+            cheapgrad.Rule(cotangent=RowSample(0.35, design=OrderedPivotal())),
+            None,
+        ),
+        "cotangent rows .25, ordered pivotal": (
+            cheapgrad.Rule(cotangent=RowSample(0.25, design=OrderedPivotal())),
+            None,
+        ),
         "cotangent rows .5, joint score": (cheapgrad.Rule(cotangent=RowSample(0.5, scores=JointNorm())), None),
         "cotangent rows .25, joint score": (cheapgrad.Rule(cotangent=RowSample(0.25, scores=JointNorm())), None),
         "cotangent rows .5, pivotal": (cheapgrad.Rule(cotangent=RowSample(0.5, design=Pivotal())), None),

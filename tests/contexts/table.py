@@ -15,6 +15,7 @@ from cheapgrad.sketch import (
     FeatureSample,
     Hadamard,
     LowRank,
+    OrderedPivotal,
     Pivotal,
     PredictedNorm,
     RowProjection,
@@ -178,7 +179,7 @@ ROWS += tuple(
     for case in BEHIND
 )
 
-_BOTH = Placement(stored=StochasticRounding(4), cotangent=RowSample(0.5), selects=False)
+_BOTH = Placement(stored=StochasticRounding(4), cotangent=RowSample(0.5, design=OrderedPivotal()), selects=False)
 
 ROWS += tuple(
     Row(case, placement, is_representative=placement == _BOTH)

@@ -8,7 +8,7 @@ from torch import nn
 
 from cheapgrad import Rule, approximate, recipes
 from cheapgrad.errors import BudgetError, NoEffectWarning, RuleError
-from cheapgrad.sketch import RowSample, StochasticRounding
+from cheapgrad.sketch import OrderedPivotal, RowSample, StochasticRounding
 
 
 def network():
@@ -24,7 +24,7 @@ def test_a_recipe_reaches_every_layer(recipe):
 def test_rules_behind_a_recipe_win():
     handle = approximate(network(), recipes.both(bits=8, keep=0.25), Rule("3", cotangent=RowSample(0.75)))
     assert handle.rows[1].stored == repr(StochasticRounding(8))
-    assert handle.rows[1].cotangent == repr(RowSample(0.25))
+    assert handle.rows[1].cotangent == repr(RowSample(0.25, design=OrderedPivotal()))
     assert (handle.rows[3].stored, handle.rows[3].cotangent) == (None, repr(RowSample(0.75)))
 
 

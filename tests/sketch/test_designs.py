@@ -219,6 +219,20 @@ def test_ordered_pivotal_states_the_variance_of_many_atoms_from_draws():
     assert float(stated) == pytest.approx(float(measured), rel=0.05)
 
 
+@pytest.mark.parametrize("rank", [0, 1, 7])
+def test_all_ranks_state_one_law(rank, monkeypatch):
+    scores = torch.arange(1.0, 301, dtype=torch.float64)
+    atoms = scores.unsqueeze(1) * torch.ones(1, 3)
+    one, found = [], []
+    for salt, numbers in ((None, one), (rank, found)):
+        monkeypatch.setattr(random, "_salt", lambda salt=salt: salt)
+        variance = OrderedPivotal().variance(
+            atoms.square().sum(1), scores, 40, lambda weights: (weights @ atoms).square().sum()
+        )
+        numbers.append(float(variance))
+    assert found == one
+
+
 @pytest.mark.parametrize("design", [*FIXED, IN_ORDER, *FREE], ids=repr)
 def test_several_draws_at_once_equal_single_draws_from_the_same_numbers(design, monkeypatch):
     scores = torch.rand(3, 6, dtype=torch.float64)

@@ -32,7 +32,8 @@ class OrderedPivotal(AbstractFixedSizeDesign):
     in step with the sample.
 
     **Law** Size K in every draw; inclusion probabilities exact. Pairwise probabilities are exact for all n; the
-    variance is exact for n <= 256, and beyond it is a mean over 64 draws that are always the same.
+    variance is exact for n <= 256. Beyond, it is a mean over 64 draws that are always the same, of a relative standard
+    error of about ``sqrt(2 / (64 d))`` where the atoms' sum has d directions of its own: 3 % for d = 40, 18 % for one.
 
     >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
     <torch...>
@@ -80,8 +81,10 @@ class OrderedPivotal(AbstractFixedSizeDesign):
         probabilities = water_filling(scores, count)
         inverse = torch.where(probabilities > 0, 1.0 / probabilities, 0.0)
         generator = torch.Generator(scores.device).manual_seed(_LAW_SEED)
-        wide = probabilities.expand(_LAW_DRAWS, size)
-        chosen = self.select(wide, self.draw_randomness(wide, generator), min(count, size))
+        # Not through the door of randomness, where ranks draw apart: all of them state one law.
+        options = {"dtype": torch.float64, "device": scores.device, "generator": generator}
+        numbers = torch.rand(_LAW_DRAWS, 2 * size, **options)
+        chosen = self.select(probabilities.expand(_LAW_DRAWS, size), (numbers,), min(count, size))
         total = squared_norms.new_zeros((), dtype=torch.float64)
         for index in chosen:
             weights = torch.zeros_like(inverse).index_put((index,), inverse[index])

@@ -87,6 +87,20 @@ def read_noise(given: Budget) -> Limit:
     return Limit("noise", given, number / 100 if unit else number)
 
 
+def read_limit(name: str, given: Budget, exact_bytes: float, exact_flops: float) -> Limit:
+    """Return the limit of any of the three budgets.
+
+    Args:
+        name: `memory`, `flops` or `noise`.
+        given: what was written.
+        exact_bytes: what the exact step holds.
+        exact_flops: of the exact backward pass.
+    """
+    if name == "noise":
+        return read_noise(given)
+    return read_memory(given, exact_bytes) if name == "memory" else read_flops(given, exact_flops)
+
+
 def describe_limit(limit: Limit, value: float | None = None) -> str:
     """Return a value in the unit of a limit; that of the limit itself if none is given."""
     value = limit.value if value is None else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cheapgrad.errors import UnreachableBudgetError
@@ -32,7 +32,6 @@ class Menu:
         exact_flops: of the exact backward pass.
         bytes_offset: what the model of bytes has been found to leave out.
         flops_offset: the same for FLOPs.
-        noise_factor: how far the bound of a plan's noise lies above the sum of what its choices add.
     """
 
     cotangent: list[list[Choice]]
@@ -41,37 +40,49 @@ class Menu:
     exact_flops: float
     bytes_offset: float = 0.0
     flops_offset: float = 0.0
-    noise_factor: float = 1.0
     regions: list[list[Choice]] = field(default_factory=list)
     _frontiers: dict[object, Frontier] = field(default_factory=dict)
 
-    def choose(self, limits: dict[str, Limit], variance: float) -> tuple[Choice, ...]:
-        """Return the choices that keep all limits with the least noise.
+    def within_costs(self, limits: Mapping[str, Limit]) -> tuple[Choice, ...]:
+        """Return the choices that keep the bytes and FLOPs of all limits with the least noise.
 
         Args:
-            limits: by the name of the budget.
-            variance: of the mini-batch gradient.
+            limits: by the name of the budget, `memory` and `flops`.
 
         Raises:
-            UnreachableBudgetError: if no combination keeps them; the message names the nearest one that can be kept.
+            UnreachableBudgetError: if no combination keeps them; says how far one can get.
         """
-        ceiling = limits.get("noise")
-        most = None if ceiling is None else ceiling.value * variance / self.noise_factor
-        if "memory" not in limits and "flops" not in limits:
-            return self._cheapest(most or 0.0)
         chosen: tuple[Choice, ...] = ()
         if "flops" in limits:
-            chosen += self._within(
-                limits["flops"], _alone(self.cotangent), self._flops, self._base_flops, self.exact_flops
-            )
+            chosen += self._within(limits["flops"], _alone(self.cotangent), self._flops, self._base_flops)
         if "memory" in limits:
             base = self._base_bytes + sum(choice.bytes_change for choice in chosen)
             items = self._pack(self._groups_beside(chosen), self._bytes)
-            chosen += self._within(limits["memory"], items, self._bytes, base, self.exact_bytes)
-        noise = sum(choice.noise.total for choice in chosen)
-        if most is not None and ceiling is not None and noise > most:
-            raise self._contradiction(limits, ceiling, most, noise, variance)
+            chosen += self._within(limits["memory"], items, self._bytes, base)
         return chosen
+
+    def within_noise(self, most: float) -> tuple[Choice, ...]:
+        """Return the choices with the least sum of the shares of bytes and of FLOPs that add at most this noise.
+
+        Args:
+            most: variance, as a plain sum over the choices.
+        """
+        groups = self._groups_beside([item[0] for item in self.cotangent if item])
+        items = [*_alone(self.cotangent), *self._pack(groups, self._shares)]
+        point = self._frontier(items, self._shares).least_cost(most)
+        return () if point is None else _real(point)
+
+    def least_cost(self, name: str, most: float) -> float:
+        """Return the least bytes or FLOPs that can be reached with at most this noise.
+
+        Args:
+            name: of the budget, `memory` or `flops`.
+            most: variance, as a plain sum over the choices.
+        """
+        cost, base = (self._bytes, self._base_bytes) if name == "memory" else (self._flops, self._base_flops)
+        items = self._pack(self.stored, cost) if name == "memory" else _alone(self.cotangent)
+        point = self._frontier(items, cost).least_cost(most)
+        return base + (point.cost if point is not None else 0.0)
 
     def all_choices(self) -> list[Choice]:
         """Return everything that can be chosen."""
@@ -133,9 +144,7 @@ class Menu:
             items.append([*map(_real, thinned), *((choice,) for choice in region)])
         return items + _alone([group for group in groups if id(group) not in inner])
 
-    def _within(
-        self, limit: Limit, items: Sequence[Sequence[Package]], cost: Cost, base: float, exact: float
-    ) -> tuple[Choice, ...]:
+    def _within(self, limit: Limit, items: Sequence[Sequence[Package]], cost: Cost, base: float) -> tuple[Choice, ...]:
         frontier = self._frontier(items, cost)
         point = frontier.least_noise(limit.value - base)
         if point is None:
@@ -143,37 +152,9 @@ class Menu:
             kind = "bytes held" if limit.name == "memory" else "backward FLOPs"
             raise UnreachableBudgetError(
                 f"{limit.name}={limit.given!r} asks for {describe_limit(limit)}, but the strategies to choose from "
-                f"reach {describe_limit(limit, least)} of {kind} at least; the nearest budget is "
-                f"{limit.name}='{_round_up(least / (exact or 1))} %'"
+                f"reach {describe_limit(limit, least)} of {kind} at least"
             )
         return _real(point)
-
-    def _cheapest(self, most: float) -> tuple[Choice, ...]:
-        """Return the least sum of the shares of bytes and of FLOPs with at most this noise."""
-        groups = self._groups_beside([item[0] for item in self.cotangent if item])
-        items = [*_alone(self.cotangent), *self._pack(groups, self._shares)]
-        point = self._frontier(items, self._shares).least_cost(most)
-        return () if point is None else _real(point)
-
-    def _contradiction(
-        self, limits: dict[str, Limit], ceiling: Limit, most: float, noise: float, variance: float
-    ) -> UnreachableBudgetError:
-        others = " and ".join(f"{name}={limit.given!r}" for name, limit in limits.items() if name != "noise")
-        text = (
-            f"{others} and noise={ceiling.given!r} contradict each other: {others} needs noise="
-            f"{self.noise_factor * noise / variance:.3g}, predicted"
-        )
-        if "memory" in limits and "flops" in limits:
-            return UnreachableBudgetError(f"{text}; allow that much, or more bytes or FLOPs")
-        name = "memory" if "memory" in limits else "flops"
-        cost = self._bytes if name == "memory" else self._flops
-        items = self._pack(self.stored, cost) if name == "memory" else _alone(self.cotangent)
-        base, exact = (self._base_bytes, self.exact_bytes) if name == "memory" else (self._base_flops, self.exact_flops)
-        point = self._frontier(items, cost).least_cost(most)
-        least = base + (point.cost if point is not None else 0.0)
-        return UnreachableBudgetError(
-            f"{text}; with noise={ceiling.given!r} the nearest budget is {name}='{_round_up(least / (exact or 1))} %'"
-        )
 
 
 def _real(point: Point) -> Package:
@@ -186,8 +167,3 @@ def _noise(package: Package) -> float:
 
 def _alone(items: Sequence[Sequence[Choice]]) -> list[list[Package]]:
     return [[(choice,) for choice in item] for item in items]
-
-
-def _round_up(share: float) -> str:
-    """Return a share in percent, rounded up to a tenth."""
-    return f"{min(100.0, -(-share * 1000 // 1) / 10 + 0.1):.1f}"

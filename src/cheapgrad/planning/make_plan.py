@@ -20,28 +20,26 @@ from cheapgrad.errors import (
     BudgetError,
     ConversionError,
     ModelTypeError,
-    UnreachableBudgetError,
 )
 from cheapgrad.planning.batches import FEWEST_FOR_ERRORS, MiniBatchVariance
-from cheapgrad.planning.budget import Budget, Limit, describe_limit, read_flops, read_memory, read_noise
+from cheapgrad.planning.budget import Budget, read_limit
 from cheapgrad.planning.candidates import LayerCandidates, find_candidates
 from cheapgrad.planning.choosing import Menu
-from cheapgrad.planning.costs import count_costs, count_planned_costs
+from cheapgrad.planning.costs import count_costs
 from cheapgrad.planning.parts import Choice
 from cheapgrad.planning.passed_down import Noise
 from cheapgrad.planning.passes import LossFunction, Step, check_loss
-from cheapgrad.planning.plan_noise import Observed, PlanNoise, expected_margin, measure_plan_noise, rules_of
+from cheapgrad.planning.plan_noise import Observed, PlanNoise
 from cheapgrad.planning.record import Plan, PlanFigures, PlannedLayer
 from cheapgrad.planning.regions import find_regions, measure_regions
+from cheapgrad.planning.search import Found, Search
 from cheapgrad.planning.survey import Survey
 from cheapgrad.sketch import Moment
 
 # Batches that are looked at.
 _MOST_BATCHES = 8
-# For each batch that laws are evaluated on: random directions, and draws of the plan.
+# Random directions for each batch that laws are evaluated on.
 _PROBES = 5
-_DRAWS = 3
-_ROUNDS = 4
 # Above this relative standard error of the noise the plan says so.
 _LARGE_ERROR = 0.25
 
@@ -119,7 +117,7 @@ def plan(
         raise BatchError(f"plan needs at least 2 batches to measure their variance, but got {len(used)}")
     # Texts are read before anything runs; what they are shares of is not known yet.
     for name, value in given.items():
-        _read_limit(name, value, 1.0, 1.0)
+        read_limit(name, value, 1.0, 1.0)
     step = Step(model, loss_fn)
     candidates, left_out = find_candidates(unwrap(model), strategies, skip_small)
     _keep_asked_moments(candidates, set(given))
@@ -139,12 +137,6 @@ def _check_model(model: nn.Module) -> None:
         )
     if not model.training:
         raise ConversionError("the model is in evaluation mode, where nothing is drawn; call model.train(), then plan")
-
-
-def _read_limit(name: str, value: Budget, exact_bytes: float, exact_flops: float) -> Limit:
-    if name == "noise":
-        return read_noise(value)
-    return read_memory(value, exact_bytes) if name == "memory" else read_flops(value, exact_flops)
 
 
 def _keep_asked_moments(candidates: dict[str, LayerCandidates], budgets: set[str]) -> None:
@@ -173,33 +165,14 @@ class _Planner:
         report = count_costs(self.step, self.batches[0])
         exact = _figures(report, 0.0)
         limits = {
-            name: _read_limit(name, value, exact.saved_bytes, exact.backward_flops)
-            for name, value in self.given.items()
+            name: read_limit(name, value, exact.saved_bytes, exact.backward_flops) for name, value in self.given.items()
         }
         variance, observed, menu = self._observe(report)
         scale = variance.value
         if not scale:
             raise BatchError("the batches have equal gradients, so there is no variance to compare noise with")
-        if "noise" in limits:
-            menu.noise_factor = expected_margin(menu.all_choices(), variance)
-        for _ in range(_ROUNDS):
-            choices = menu.choose(limits, scale)
-            counted = self._count(choices)
-            figures = report if counted is None else counted
-            if not _correct_costs(menu, limits, choices, figures):
-                continue
-            noise = PlanNoise(0.0, 0.0, 0.0)
-            if choices:
-                noise = measure_plan_noise(self.step, observed, choices, variance, self.skip_small, _DRAWS)
-            if "noise" not in limits or noise.bound <= limits["noise"].value * scale or not choices:
-                return self._write(exact, figures, choices, noise, variance)
-            separate = sum(choice.noise.total for choice in choices)
-            menu.noise_factor = max(1.02 * noise.bound / separate, 1.05 * menu.noise_factor)
-        raise UnreachableBudgetError(
-            "no plan was found that keeps "
-            + " and ".join(f"{limit.name}={limit.given!r} ({describe_limit(limit)})" for limit in limits.values())
-            + f" in {_ROUNDS} rounds; allow a little more"
-        )
+        search = Search(self.step, self.batches[0], menu, report, observed, variance, self.skip_small)
+        return self._write(exact, search.find(limits), variance)
 
     def _observe(self, report: CostReport) -> tuple[MiniBatchVariance, list[Observed], Menu]:
         """Run an exact pass of every batch; the noisiest are kept for the laws, of the others sizes of noise."""
@@ -253,30 +226,21 @@ class _Planner:
             averaged.append(dataclasses.replace(each[0], noise=carried, by_batch=shares))
         return averaged
 
-    def _count(self, choices: Sequence[Choice]) -> CostReport | None:
-        rules = rules_of(choices)
-        return count_planned_costs(self.step, self.batches[0], rules, self.skip_small) if rules else None
-
-    def _write(
-        self,
-        exact: PlanFigures,
-        report: CostReport,
-        choices: Sequence[Choice],
-        noise: PlanNoise,
-        variance: MiniBatchVariance,
-    ) -> Plan:
-        scale = variance.value
+    def _write(self, exact: PlanFigures, found: Found, variance: MiniBatchVariance) -> Plan:
+        scale, noise, choices = variance.value, found.noise, found.choices
         return Plan(
             budgets=dict(self.given),
             exact=exact,
             # The forward pass of a converted model is that of the exact one.
-            predicted=dataclasses.replace(_figures(report, noise.total / scale), forward_flops=exact.forward_flops),
+            predicted=dataclasses.replace(
+                _figures(found.report, noise.total / scale), forward_flops=exact.forward_flops
+            ),
             layers=self._layers(choices, scale),
             noise_standard_error=noise.relative_error * noise.total / scale,
             separate_noise_fraction=sum(choice.noise.total for choice in choices) / scale,
             batches=variance.batches,
             skip_small=self.skip_small,
-            remarks=(*self._judge(noise, variance), *self.left_out),
+            remarks=(*found.remarks, *self._judge(noise, variance), *self.left_out),
         )
 
     def _judge(self, noise: PlanNoise, variance: MiniBatchVariance) -> list[str]:
@@ -321,23 +285,6 @@ class _Planner:
 def _figures(report: CostReport, noise: float) -> PlanFigures:
     total = report.total
     return PlanFigures(total.saved_bytes, total.forward_flops, total.backward_flops, noise)
-
-
-def _correct_costs(menu: Menu, limits: dict[str, Limit], choices: Sequence[Choice], report: CostReport) -> bool:
-    """Tell whether counted costs keep the limits; if not, correct the model by what it left out."""
-    kept = True
-    for name, counted, exact, change in (
-        ("memory", report.total.saved_bytes, menu.exact_bytes, "bytes_change"),
-        ("flops", report.total.backward_flops, menu.exact_flops, "flops_change"),
-    ):
-        if name not in limits or counted <= limits[name].value:
-            continue
-        kept = False
-        modelled = exact + sum(getattr(choice, change) for choice in choices)
-        offset = counted - modelled
-        attribute = "bytes_offset" if name == "memory" else "flops_offset"
-        setattr(menu, attribute, max(offset, getattr(menu, attribute) + 1e-3 * exact))
-    return kept
 
 
 def _like_its_groups(choice: Choice, groups: Sequence[Sequence[Choice]], batches: int, number: int) -> Choice:

@@ -60,11 +60,13 @@ class PlanNoise:
         model_error: its relative standard error, as far as it comes from laws and draws.
         batch_error: the relative standard error of its ratio to the mini-batch variance that comes from looking at few
             batches; None where there are too few to know.
+        batches: how many.
     """
 
     total: float
     model_error: float
     batch_error: float | None
+    batches: int
 
     @property
     def relative_error(self) -> float:
@@ -73,8 +75,8 @@ class PlanNoise:
 
     @property
     def bound(self) -> float:
-        """A value that the noise of other batches stays below with a chance of nine in ten."""
-        return self.total * spare_factor(self.relative_error)
+        """A value that the mean noise of many batches stays below with a chance of nine in ten."""
+        return self.total * spare_factor(self.relative_error, self.batches)
 
 
 def expected_margin(choices: Sequence[Choice], variance: MiniBatchVariance) -> float:
@@ -87,7 +89,7 @@ def expected_margin(choices: Sequence[Choice], variance: MiniBatchVariance) -> f
     batch_errors = [relative_error_of_ratio(one.by_batch, variance) for one in choices if one.noise.total]
     known = [error for error in batch_errors if error is not None]
     typical = sorted(known)[len(known) // 2] if known else 0.0
-    return 1.1 * spare_factor(math.hypot(_MODEL_ERROR, typical))
+    return 1.1 * spare_factor(math.hypot(_MODEL_ERROR, typical), variance.batches)
 
 
 def measure_plan_noise(
@@ -138,7 +140,8 @@ def measure_plan_noise(
     factor = joined / (math.fsum(means) or 1.0)
     noises = _carry_over(choices, means, factor, observed, variance.batches)
     total = math.fsum(noises) / len(noises)
-    return PlanNoise(total, error / joined if joined else 0.0, relative_error_of_ratio(noises, variance))
+    batch_error = relative_error_of_ratio(noises, variance)
+    return PlanNoise(total, error / joined if joined else 0.0, batch_error, variance.batches)
 
 
 def _carry_over(

@@ -11,7 +11,7 @@ from typing import Any
 from cheapgrad.convert import Rule
 from cheapgrad.cost.units import format_bytes, format_flops
 from cheapgrad.errors import RecordError
-from cheapgrad.planning.batches import spare_factor
+from cheapgrad.planning.batches import FEWEST_FOR_ERRORS, spare_factor
 from cheapgrad.sketch import AbstractStrategy
 from cheapgrad.sketch.value import from_dict
 
@@ -97,12 +97,14 @@ class Plan:
 
     @property
     def noise_interval(self) -> tuple[float, float]:
-        """Where the noise of other batches is expected with a chance of eight in ten, from the standard error.
+        """Where the noise over many batches like these is expected with a chance of eight in ten.
 
-        A noise ceiling is above its upper end.
+        From the standard error, with quantiles of Student's t for as many batches. It is about the mean over many
+        batches; that of as few others as were planned with has an error of its own, as large again. From fewer than
+        four batches it covers the error of laws and draws alone. A noise ceiling is not below its upper end.
         """
         noise = self.predicted.noise_fraction
-        factor = spare_factor(self.noise_standard_error / noise) if noise else 1.0
+        factor = spare_factor(self.noise_standard_error / noise, self.batches) if noise else 1.0
         return noise / factor, noise * factor
 
     @property
@@ -246,13 +248,14 @@ class Plan:
         """Return a line for each of bytes, FLOPs and noise."""
         exact, planned = self.exact, self.predicted
         low, high = self.noise_interval
+        covers = "" if self.batches >= FEWEST_FOR_ERRORS else ", by the error of laws and draws alone"
         return [
             f"held for backward  {format_bytes(exact.saved_bytes)} → {format_bytes(planned.saved_bytes)} "
             f"({self.saved_bytes_fraction:.1%}; counted)",
             f"backward FLOPs     {format_flops(exact.backward_flops)} → {format_flops(planned.backward_flops)} "
             f"({self.backward_flops_fraction:.1%}; counted)",
             f"added noise        {planned.noise_fraction:.3g} ± {self.noise_standard_error:.1g} of the mini-batch "
-            f"variance of {self.batches} batches (modelled; {low:.2g} to {high:.2g} for eight in ten)",
+            f"variance of {self.batches} batches (modelled; {low:.2g} to {high:.2g} for eight in ten{covers})",
         ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -192,6 +193,49 @@ def test_bad_input_is_named_and_leaves_the_model_alone(
     call: Callable[[nn.Module], object], error: type[CheapgradError], text: str
 ) -> None:
     unchanged_after(call, error, text)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_batches_without_a_finite_loss_are_named(number: int, value: float) -> None:
+    batches = make_batches((24,), 4)
+    batches[number][0][5, 7] = value
+    with pytest.raises(LossError, match=re.escape(f"the loss of batches[{number}] is nan")):
+        make_plan(batches=batches, flops="60 %")
+
+
+def test_infinite_losses_are_named_too() -> None:
+    def infinite(model: nn.Module, batch: Batch) -> Any:
+        return loss_fn(model, batch) + math.inf
+
+    unchanged_after(planning(infinite), LossError, "the loss of batches[0] is inf")
+
+
+def test_gradients_that_are_not_finite_are_named_though_the_loss_is() -> None:
+    def kinked(model: nn.Module, batch: Batch) -> Any:
+        # The root of 0 has the slope ∞, and the loss is finite.
+        return loss_fn(model, batch) + 0.0 * (model[0].weight[0, 0] * 0.0).sqrt()
+
+    unchanged_after(planning(kinked), BatchError, "the gradient of '0.weight' is not finite in batches[0]")
+
+
+def test_batches_of_different_shapes_are_refused() -> None:
+    batches = [make_batches((24,), 1, examples)[0] for examples in (64, 4, 64, 8)]
+    text = "batches[0] have the shapes [(64, 24), (64,)] and those of batches[1] [(4, 24), (4,)]"
+    with pytest.raises(BatchError, match=re.escape(text)):
+        make_plan(batches=batches, flops="60 %")
+
+
+def test_an_order_that_cannot_be_checked_is_remarked() -> None:
+    def time_first(model: nn.Module, batch: Batch) -> Any:
+        return nn.functional.cross_entropy(model(batch[0]).mean(0), batch[1])
+
+    batches = [(x.transpose(0, 1).contiguous(), y) for x, y in make_batches((6, 24), 4)]
+    plan = cheapgrad.plan(make_mlp(3), time_first, batches, flops="60 %", strategies=ROWS, skip_small=False)
+    remark = "first axes of its tensors should be as long as there are examples, two or more, but are 6 and 24"
+    assert any(remark in one for one in plan.remarks)
+    assert remark in str(plan)
+    assert "nobody checked" not in str(make_plan(batches=make_batches((24,), 4), flops="60 %"))
 
 
 def test_models_that_cannot_be_planned_for_are_refused() -> None:

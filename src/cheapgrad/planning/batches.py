@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from cheapgrad.errors import BatchError
 
 # With fewer, nothing is known of how well the ratio of two averages over batches is known.
 FEWEST_FOR_ERRORS = 4
@@ -14,6 +18,25 @@ FEWEST_FOR_ERRORS = 4
 # standard error known from so many batches, less one degree of freedom; of the normal where none comes from batches.
 _SPARE_OF_BATCHES = {4: 1.638, 5: 1.533, 6: 1.476, 7: 1.440, 8: 1.415}
 _SPARE_OF_DRAWS = 1.282
+
+
+def check_shapes(batches: Sequence[Any]) -> None:
+    """Refuse batches of different shapes: their gradients have different variances, and their steps different costs.
+
+    Args:
+        batches: whose tensors are compared, leaf by leaf.
+
+    Raises:
+        BatchError: if they differ; names both shapes.
+    """
+    shapes = [[tuple(leaf.shape) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)] for batch in batches]
+    for number, found in enumerate(shapes):
+        if found != shapes[0]:
+            raise BatchError(
+                f"batches must be of equal size, but the tensors of batches[0] have the shapes {shapes[0]} and those "
+                f"of batches[{number}] {found}; leave a smaller last batch out (drop_last=True), and pad sequences to "
+                "one length"
+            )
 
 
 class MiniBatchVariance:

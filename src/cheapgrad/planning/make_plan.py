@@ -21,7 +21,7 @@ from cheapgrad.errors import (
     ConversionError,
     ModelTypeError,
 )
-from cheapgrad.planning.batches import FEWEST_FOR_ERRORS, MiniBatchVariance
+from cheapgrad.planning.batches import FEWEST_FOR_ERRORS, MiniBatchVariance, check_shapes
 from cheapgrad.planning.budget import Budget, read_limit
 from cheapgrad.planning.candidates import LayerCandidates, find_candidates
 from cheapgrad.planning.choosing import Menu
@@ -64,8 +64,8 @@ def plan(
     Args:
         model: in training mode; it is as before when this returns, gradients, buffers and random states included.
         loss_fn: ``(model, batch) -> scalar``.
-        batches: training batches of equal size, at least 2; of more than 8 the first 8 are used, and the 2
-            noisiest of them for the laws.
+        batches: training batches with tensors of equal shapes, at least 2; of more than 8 the first 8 are used, and the
+            2 noisiest of them for the laws.
         memory: bytes held for backward by the whole step: ``"60 %"`` or a fraction of the exact step's, ``"4 GiB"``, or
             a number of bytes.
         flops: FLOPs of the whole backward pass, in the same manner: ``"60 %"``, ``"3 GFLOP"``.
@@ -89,10 +89,11 @@ def plan(
     Raises:
         BudgetError: if there is no budget, or it cannot be read.
         UnreachableBudgetError: if no plan keeps it, or two budgets contradict each other; names the nearest one.
-        LossError: if the loss is no scalar.
+        LossError: if the loss is no scalar, or not finite.
         NondeterministicLossError: if the loss of a batch differs from pass to pass from the same random state.
         BatchOrderError: if the order of a batch's examples changes its loss.
-        BatchError: if there are fewer than two batches.
+        BatchError: if there are fewer than two batches, or their tensors are of different shapes, or have a gradient
+            that is not finite.
         ConversionError: if the model is converted already, or not in training mode.
         NoMatchError: if no layer can take any of the strategies.
         ModelTypeError: if `model` is not a module.
@@ -115,13 +116,14 @@ def plan(
     used = list(islice(batches, _MOST_BATCHES))
     if len(used) < 2:
         raise BatchError(f"plan needs at least 2 batches to measure their variance, but got {len(used)}")
+    check_shapes(used)
     # Texts are read before anything runs; what they are shares of is not known yet.
     for name, value in given.items():
         read_limit(name, value, 1.0, 1.0)
     step = Step(model, loss_fn)
     candidates, left_out = find_candidates(unwrap(model), strategies, skip_small)
     _keep_asked_moments(candidates, set(given))
-    check_loss(step, used[0])
+    left_out = [*check_loss(step, used[0]), *left_out]
     # Rules of the user's own say for which modules; so does a budget that no code serves.
     has_regions = strategies is None and ("memory" in given or "flops" not in given)
     return _Planner(step, used, candidates, given, skip_small, left_out, has_regions).make()

@@ -87,20 +87,21 @@ def names_of_dropouts(model: nn.Module) -> set[str]:
     return {name for name, module in unwrap(model).named_modules() if isinstance(module, dropout)}
 
 
-def check_loss(step: Step, batch: Any) -> None:
-    """Refuse a loss that cannot be planned for.
+def check_loss(step: Step, batch: Any) -> list[str]:
+    """Refuse a loss that cannot be planned for; return remarks on what could not be checked.
 
     Args:
         step: the step.
-        batch: a batch.
+        batch: the first batch.
 
     Raises:
-        LossError: if it is no scalar.
+        LossError: if it is no scalar, or not finite.
         NondeterministicLossError: if it differs although torch's random state does not.
         BatchOrderError: if it depends on the order of the examples.
     """
     with step.undisturbed():
         first = step.loss(batch).detach()
+    check_finite_loss(float(first), 0)
     with step.undisturbed(), torch.no_grad():
         again = step.loss(batch)
     if _differ(first, again):
@@ -108,15 +109,33 @@ def check_loss(step: Step, batch: Any) -> None:
             f"the same batch gave the losses {float(first):.8g} and {float(again):.8g} from the same random state of "
             "torch; draw with torch's default generator only, or seed the other generators inside loss_fn"
         )
-    _check_order(step, batch)
+    return _check_order(step, batch)
 
 
-def _check_order(step: Step, batch: Any) -> None:
+def check_finite_loss(loss: float, number: int) -> None:
+    """Raise `LossError` if the loss is not finite.
+
+    Args:
+        loss: of a batch.
+        number: of the batch.
+    """
+    if not math.isfinite(loss):
+        raise LossError(
+            f"the loss of batches[{number}] is {loss}, so it has no gradient to compare noise with; look for such "
+            "values in the batch, or plan before the model diverges"
+        )
+
+
+def _check_order(step: Step, batch: Any) -> list[str]:
     """Compare the loss in evaluation mode, where dropout does not tell examples apart, with that of another order."""
     tensors = [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.dim()]
     sizes = {tensor.shape[0] for tensor in tensors}
     if len(sizes) != 1 or max(sizes) < 2:
-        return
+        found = " and ".join(map(str, sorted(sizes))) or "no tensors"
+        return [
+            "nobody checked whether the order of a batch's examples changes its loss: the first axes of its tensors "
+            f"should be as long as there are examples, two or more, but are {found}"
+        ]
     size = sizes.pop()
     order = torch.randperm(size, generator=torch.Generator().manual_seed(_ORDER_SEED))
 
@@ -138,10 +157,11 @@ def _check_order(step: Step, batch: Any) -> None:
             "order: entries along the first axis are not examples of their own; put the examples first, or let "
             "loss_fn arrange the batch"
         )
+    return []
 
 
 def _differ(first: Tensor, second: Tensor) -> bool:
-    if bool(first.isnan() & second.isnan()):
+    if bool((first == second) | (first.isnan() & second.isnan())):
         return False
     unit = torch.finfo(first.dtype).eps * max(float(first.abs()), float(second.abs()))
     return not float((first.detach() - second.detach()).abs()) <= _ULPS * unit

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cheapgrad.errors import BatchError
 from cheapgrad.planning.batches import MiniBatchVariance
 from cheapgrad.planning.candidates import LayerCandidates
 from cheapgrad.planning.capture import Capture, capture_pass
 from cheapgrad.planning.parts import Group, Unit, find_groups, find_units
 from cheapgrad.planning.passed_down import PassedDown
-from cheapgrad.planning.passes import Step
+from cheapgrad.planning.passes import Step, check_finite_loss
 from cheapgrad.planning.plan_noise import Observed
 from cheapgrad.planning.tangents import push_forward
 
@@ -52,9 +53,16 @@ class Survey:
         self._sizes: list[_Sizes] = []
 
     def add(self, batch: Any) -> None:
-        """Run the exact pass of a batch."""
+        """Run the exact pass of a batch.
+
+        Raises:
+            LossError: if the loss is not finite.
+            BatchError: if the gradient is not.
+        """
         number = self.variance.batches
         capture = capture_pass(self._step, self._layers, batch, finds_holders=not number)
+        check_finite_loss(capture.loss, number)
+        _check_finite_gradient(self._step, capture, number)
         self.variance.add(capture.gradient)
         if not number:
             self._groups = find_groups(capture.calls, self._candidates)
@@ -111,6 +119,15 @@ class Survey:
             ]
             for of_batch in self._sizes
         ]
+
+
+def _check_finite_gradient(step: Step, capture: Capture, number: int) -> None:
+    for (name, _), value in zip(step.named_parameters, capture.gradient, strict=True):
+        if not bool(value.isfinite().all()):
+            raise BatchError(
+                f"the gradient of {name!r} is not finite in batches[{number}], though its loss is {capture.loss:.3g}; "
+                "noise is a fraction of the gradient's variance, so plan with batches where all of it is finite"
+            )
 
 
 def _amplifications(observed: Sequence[Observed]) -> list[float]:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from cheapgrad.convert import Handle
 from cheapgrad.errors import ControlError, check_count, check_fraction
 from cheapgrad.planning.adam_correction import adam_learning_rate_factor
-from cheapgrad.planning.controller_curve import KEEPS
 from cheapgrad.planning.controller_law import (
     NoiseSchedule,
     check_noise,
@@ -24,12 +23,14 @@ from cheapgrad.planning.controller_law import (
 )
 from cheapgrad.planning.controller_memory import recall, remember
 from cheapgrad.planning.controller_pass import TOTALS
+from cheapgrad.planning.controller_settings import check_keeps, check_settings, describe_settings
+from cheapgrad.planning.controller_share import has_ranks, share_trial
 from cheapgrad.planning.controller_trial import Look, Trial, TrialDesign
 from cheapgrad.sketch import LayerShape, RowSample
 
 # A trial at each of the first steps, then at every second one, then at every `every`-th.
 _DENSE_STEPS, _HALF_DENSE_STEPS = 8, 32
-# Later their period grows with the training: at step n it is no longer than n over this.
+# Later their period grows with the training: at step n it is no longer than n over this, or than two steps.
 _STEPS_PER_PERIOD, _SPARSE_PERIOD = 24, 4
 # What is known before a trial: noise over the predicted noise, and how many trials' worth that is.
 _USUAL_CALIBRATION, _USUAL_NOISE = 1.2, 0.5
@@ -50,7 +51,7 @@ _FEW_ROWS = 64
 
 @dataclass(frozen=True)
 class ControlRecord:
-    """What the controller knew and did after a trial.
+    """What the controller knew and did after a comparison of halves.
 
     Attributes:
         step: optimizer steps made.
@@ -88,7 +89,12 @@ class Controller:
     **Law** Call ``step()`` after each optimizer step. The difference of the halves is unbiased for the variance of
     sketched rows on the weights of linear layers, where examples do not see each other (batch norm) and rows come
     example by example. It does not see the noise of stored codes, nor that on norms, biases and convolutions. What is
-    kept is the mean over a window of trials, with a weak pull to `1.2` times the law's prediction.
+    kept is the mean over a window of trials, with a weak pull to `1.2` times the law's prediction. Passes with a
+    gradient that is not finite are left out, and `obstacle` says so.
+
+    Attributes:
+        history: a record after each trial that measured something.
+        obstacle: why the latest look was left out, or in part; an empty string if it was not.
 
     Raises:
         ControlError: no layer samples rows of its cotangent, or a number out of range.
@@ -128,6 +134,7 @@ class Controller:
         self._every = check_count("every", every)
         self._least_keep = check_fraction("least_keep", least_keep)
         self._seed = check_count("seed", seed, minimum=0)
+        self._settings = describe_settings(self._schedule or self._noise, self._every, self._least_keep, self._seed)
         self._handle = handle
         self._group = process_group
         self._base = {name: value for name, value in handle.strategies().items() if isinstance(value, RowSample)}
@@ -148,6 +155,7 @@ class Controller:
         self._layers: dict[str, Tensor] = {}
         self._trial: Trial | None = None
         self.history: list[ControlRecord] = []
+        self.obstacle = ""
         self._prepare()
 
     @property
@@ -189,9 +197,11 @@ class Controller:
             ConversionError: if the handle was reverted.
         """
         sizes = self._handle.seen_sizes()
-        self._rows = {name: shape.rows for name in self._base if isinstance(shape := sizes[name], LayerShape)}
+        rows = {name: shape.rows for name in self._base if isinstance(shape := sizes[name], LayerShape)}
+        if not has_ranks():
+            self._rows = rows
         if self._trial is not None:
-            self._take_in(self._trial)
+            self._take_in(self._trial, rows)
         self._step += 1
         self._prepare()
 
@@ -212,24 +222,21 @@ class Controller:
             "curves": {layer: curve.clone() for layer, curve in self._curves.items()},
             "layers": {layer: pair.clone() for layer, pair in self._layers.items()},
             "keeps": {layer: strategy.keep for layer, strategy in self._base.items()},
+            "settings": dict(self._settings),
             "history": [dataclasses.asdict(record) for record in self.history],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state that `state_dict` returned, with a handle that was made by the same rules.
+        """Go on from a state that `state_dict` returned, with the same arguments and a handle made by the same rules.
 
         Raises:
-            ControlError: if the state is of other layers, or no state of a controller.
+            ControlError: if the state is of other layers or arguments, or no state of a controller.
         """
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ControlError(f"this is no state of a controller: {', '.join(sorted(missing))} is missing")
-        keeps = {layer: strategy.keep for layer, strategy in self._base.items()}
-        if state["keeps"] != keeps:
-            raise ControlError(
-                f"the state is of keep fractions {_few(state['keeps'])} as converted, but this handle's are "
-                f"{_few(keeps)}; convert the model by the rules it was trained with"
-            )
+        check_settings(state["settings"], self._settings)
+        check_keeps(state["keeps"], {layer: strategy.keep for layer, strategy in self._base.items()})
         self._step, self._shift, self._misses = state["step"], state["shift"], state["misses"]
         self._measured, self._log_size = state["noise"], state["log_size"]
         self._totals, self._rows = state["totals"].clone().cpu(), dict(state["rows"])
@@ -299,8 +306,11 @@ class Controller:
         ]
         return min(counts, default=None)
 
-    def _take_in(self, trial: Trial) -> None:
-        totals, curves, layers = self._share(trial)
+    def _take_in(self, trial: Trial, rows: dict[str, int]) -> None:
+        device = next(self._handle.model.parameters()).device
+        shared = share_trial(trial, rows, list(self._base), device, self._group)
+        totals, curves, layers = shared.totals, shared.curves, shared.layers
+        self._rows, self.obstacle = shared.rows, trial.obstacle
         compares = trial.look is Look.HALVES
         if compares and totals[0] == 0:
             self._misses += 1
@@ -326,7 +336,8 @@ class Controller:
         used = self._noise_at(self._shift)
         self._shift = self._find_shift(self._usual_target())
         self._measured = self._noise_at(self._shift)
-        self.history.append(ControlRecord(self._step, self.target, used, self.calibration, self.keep))
+        if compares:
+            self.history.append(ControlRecord(self._step, self.target, used, self.calibration, self.keep))
 
     def _add_layers(self, layers: dict[str, Tensor], compares: bool) -> None:
         """Add the layers' own noise; where no example kept all rows, it is relative to noisy gradients."""
@@ -349,21 +360,6 @@ class Controller:
         for layer, curve in curves.items():
             scaled = curve * math.exp(min(log_size - trend, _LARGEST_WEIGHT) - log_size)
             self._curves[layer] = remember(self._curves.get(layer), scaled)
-
-    def _share(self, trial: Trial) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Return the trial's sums over all ranks."""
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return trial.totals, trial.curves, trial.layers
-        names, sizes = list(self._base), (len(KEEPS) + 1, 2)
-        parts = [trial.totals]
-        for found, size in zip((trial.curves, trial.layers), sizes, strict=True):
-            parts += [found.get(name, torch.zeros(size, dtype=torch.float64)) for name in names]
-        packed = torch.cat(parts).to(next(self._handle.model.parameters()).device)
-        distributed.all_reduce(packed, group=self._group)
-        totals, *rest = packed.cpu().split([len(part) for part in parts])
-        curves, layers = dict(zip(names, rest, strict=False)), dict(zip(names, rest[len(names) :], strict=True))
-        drawn = [name for name in names if curves[name][-1] > 0]
-        return totals, {name: curves[name] for name in drawn}, {name: layers[name] for name in drawn}
 
     def _per_prediction(self) -> float:
         """Return ω over what the draws predict: calibrated, less what fixed sizes spare, per mini-batch variance."""
@@ -388,12 +384,6 @@ class Controller:
 
     def _find_shift(self, target: float) -> float:
         keeps = {layer: self._base[layer].keep for layer in self._curves}
-        shift = find_shift(
+        return find_shift(
             self._known_curves(), keeps, self._weights(), target / self._per_prediction(), self._least_keep
         )
-        return shift if math.isfinite(shift) else self._shift
-
-
-def _few(keeps: Any) -> str:
-    listed = [f"{layer!r}: {keep:.3g}" for layer, keep in list(dict(keeps).items())[:4]]
-    return "{" + ", ".join(listed) + (", ..." if len(keeps) > 4 else "") + "}"

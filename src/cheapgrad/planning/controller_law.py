@@ -106,7 +106,17 @@ def find_shift(
     target: float,
     least_keep: float,
 ) -> float:
-    """Return the shift of all keep fractions at which the curves predict `target`, or the nearest one in range."""
+    """Return the shift of all keep fractions at which the curves predict `target`, or the nearest one in range.
+
+    Raises:
+        ControlError: if the target, a weight or a curve is not finite: no budget can be read off it.
+    """
+    for layer, curve in curves.items():
+        if not (math.isfinite(target) and math.isfinite(weights[layer]) and bool(curve.isfinite().all())):
+            raise ControlError(
+                f"the noise of layer {layer!r} is not finite (weight {weights[layer]:.3g}, curve up to "
+                f"{float(curve.max()):.3g}, target {target:.3g}); go on from a state that was saved before"
+            )
     low, high = -_LARGEST_SHIFT, _LARGEST_SHIFT
     for _ in range(_HALVINGS):
         middle = (low + high) / 2

@@ -16,6 +16,8 @@ from cheapgrad.sketch import AbstractDesign, Selection
 from cheapgrad.sketch.designs._abstract import SquaredNormOfSum
 from cheapgrad.sketch.water_filling import water_filling
 
+_NOTHING = "no backward pass has drawn rows since the last step"
+_NOT_FINITE = "the gradient is not finite"
 _COMPILED = "the model is compiled, and a compiled pass shows nothing of itself"
 
 
@@ -40,7 +42,7 @@ class Trial:
         totals: `TOTALS`, summed over the passes; see `HalvesPass`.
         curves: for each layer its draw's variance at `KEEPS` and the squared norm of its cotangent, summed.
         layers: for each layer the noise of its draw in its weights' gradients relative to all, and in its cotangent.
-        obstacle: why a pass could not be measured, or an empty string.
+        obstacle: why a pass, or all, could not be measured; an empty string if all were.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Trial:
         self.totals = torch.zeros(len(TOTALS), dtype=torch.float64)
         self.curves: dict[str, Tensor] = {}
         self.layers: dict[str, Tensor] = {}
-        self.obstacle = "no backward pass has drawn rows since the last step"
+        self.obstacle = _NOTHING
 
     def draw(
         self,
@@ -74,7 +76,7 @@ class Trial:
             self.obstacle = _COMPILED
         elif scores.dim() == 1 and (self._layers is None or layer in self._layers):
             if self.look is Look.CURVES:
-                self.curves[layer] = self.curves.get(layer, 0) + draw_curve(scores)
+                self._see_curve(layer, draw_curve(scores))
             else:
                 current = self._join_pass(scores)
                 if isinstance(current, HalvesPass):
@@ -82,6 +84,18 @@ class Trial:
                 if current is not None:
                     return _draw_all(current, layer, base, scores, count, generator)
         return base.draw(scores, count, generator)
+
+    def _see_curve(self, layer: str, curve: Tensor) -> None:
+        if bool(curve.isfinite().all()):
+            self.curves[layer] = self.curves.get(layer, 0) + curve
+            self._clear()
+        else:
+            self.obstacle = _NOT_FINITE
+
+    def _clear(self) -> None:
+        """Forget that nothing had been drawn yet."""
+        if self.obstacle == _NOTHING:
+            self.obstacle = ""
 
     def _join_pass(self, scores: Tensor) -> HalvesPass | AllPass | None:
         """Return the backward pass that runs now, which ends by itself; None if it cannot be measured."""
@@ -112,8 +126,9 @@ class Trial:
         totals, layers = current.totals(), current.layers()
         seen = [totals, *current.curves.values(), *layers.values()]
         if not all(bool(part.isfinite().all()) for part in seen):
-            self.obstacle = "the gradient is not finite"
+            self.obstacle = _NOT_FINITE
             return
+        self._clear()
         self.totals += totals
         for layer, curve in current.curves.items():
             self.curves[layer] = self.curves.get(layer, 0) + curve

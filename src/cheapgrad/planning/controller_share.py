@@ -1,0 +1,67 @@
+"""What a trial showed, added up over the ranks whose gradients are averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from cheapgrad.planning.controller_curve import KEEPS
+from cheapgrad.planning.controller_trial import Trial
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all ranks know.
+
+    Attributes:
+        totals: as in `Trial`, summed.
+        curves: the same.
+        layers: the same.
+        rows: how many rows each layer has, the mean over the ranks that ran it, so that all round alike.
+    """
+
+    totals: Tensor
+    curves: dict[str, Tensor]
+    layers: dict[str, Tensor]
+    rows: dict[str, int]
+
+
+def has_ranks() -> bool:
+    """Tell whether there is a process group."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def share_trial(
+    trial: Trial, rows: Mapping[str, int], names: Sequence[str], device: torch.device, group: Any
+) -> Shared:
+    """Return a trial's sums over all ranks, by one all-reduce; without a process group, the trial's own.
+
+    Args:
+        trial: what this rank measured.
+        rows: of the layers that this rank ran.
+        names: of all layers, in the same order on every rank.
+        device: on which the ranks speak to each other.
+        group: whose ranks share; None for the default group.
+    """
+    if not has_ranks():
+        return Shared(trial.totals, trial.curves, trial.layers, dict(rows))
+    own_rows = {name: torch.tensor([rows[name], 1.0], dtype=torch.float64) for name in names if name in rows}
+    parts = [trial.totals]
+    for found, size in ((trial.curves, len(KEEPS) + 1), (trial.layers, 2), (own_rows, 2)):
+        parts += [found.get(name, torch.zeros(size, dtype=torch.float64)) for name in names]
+    packed = torch.cat(parts).to(device)
+    distributed.all_reduce(packed, group=group)
+    totals, *rest = packed.cpu().split([len(part) for part in parts])
+    count = len(names)
+    curves, layers, pairs = (dict(zip(names, rest[start * count :], strict=False)) for start in range(3))
+    drawn = [name for name in names if curves[name][-1] > 0]
+    return Shared(
+        totals,
+        {name: curves[name] for name in drawn},
+        {name: layers[name] for name in drawn},
+        {name: round(float(pair[0] / pair[1])) for name, pair in pairs.items() if pair[1] > 0},
+    )

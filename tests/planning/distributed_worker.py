@@ -21,12 +21,20 @@ def main(rank: int, store_file: str) -> None:
     controller = cheapgrad.Controller(handle, noise=0.1)
     parallel = DistributedDataParallel(model)
     generator = torch.Generator().manual_seed(rank)
+    in_force: list[dict[str, float]] = []
     for _ in range(6):
-        x, direction = (torch.randn(32, size, generator=generator) for size in (16, 4))
-        # Batches as different as can be: on its own each process would choose another budget.
-        weight = torch.rand(32, 1, generator=generator) ** (1 + 4 * rank)
+        # Batches as different as can be: on its own each process would choose another budget, of other numbers of rows.
+        examples = 32 - 12 * rank
+        x, direction = (torch.randn(examples, size, generator=generator) for size in (16, 4))
+        weight = torch.rand(examples, 1, generator=generator) ** (1 + 4 * rank)
         (weight * direction * parallel(x)).mean().backward()
         controller.step()
+        in_force.append({name: strategy.keep for name, strategy in handle.strategies().items()})
+    rounded: list[object] = [None, None]
+    torch.distributed.all_gather_object(rounded, in_force)
+    assert rounded[0] == rounded[1]
+    # Whole numbers of the mean of 32 and 20 rows.
+    assert all(abs(26 * keep - round(26 * keep)) < 1e-9 for keeps in in_force for keep in (keeps["0"], keeps["2"]))
     chosen: list[object] = [None, None]
     torch.distributed.all_gather_object(chosen, (controller.keeps, controller.history))
     assert chosen[0] == chosen[1]

@@ -214,7 +214,7 @@ def test_infinite_losses_are_named_too() -> None:
 def test_gradients_that_are_not_finite_are_named_though_the_loss_is() -> None:
     def kinked(model: nn.Module, batch: Batch) -> Any:
         # The root of 0 has the slope ∞, and the loss is finite.
-        return loss_fn(model, batch) + 0.0 * (model[0].weight[0, 0] * 0.0).sqrt()
+        return loss_fn(model, batch) + 0.0 * (next(model.parameters())[0, 0] * 0.0).sqrt()
 
     unchanged_after(planning(kinked), BatchError, "the gradient of '0.weight' is not finite in batches[0]")
 

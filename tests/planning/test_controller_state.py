@@ -1,0 +1,89 @@
+"""What a controller keeps, what it refuses to go on from, and what it leaves out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cheapgrad.errors import ControlError
+from cheapgrad.planning.controller import Controller
+from cheapgrad.planning.controller_curve import KEEPS
+from cheapgrad.planning.controller_law import NoiseSchedule, find_shift
+from tests.planning.test_controller import _batch, _loss, _setup, _step
+
+
+def test_states_of_other_arguments_are_refused_with_both_values() -> None:
+    _, _, saved = _setup(noise=0.05, every=32)
+    _, _, other = _setup(noise=0.3, every=8, seed=5, least_keep=0.4)
+    text = "noise=0.05, every=32, least_keep=0.05, seed=0, but this one has noise=0.3, every=8, least_keep=0.4, seed=5"
+    with pytest.raises(ControlError, match=text):
+        other.load_state_dict(saved.state_dict())
+    assert other.target == 0.3
+
+
+def test_states_of_other_schedules_are_refused() -> None:
+    _, _, saved = _setup(noise=NoiseSchedule(0.3, 0.02, 100))
+    _, _, same = _setup(noise=NoiseSchedule(0.3, 0.02, 100))
+    same.load_state_dict(saved.state_dict())
+    for noise in (NoiseSchedule(0.3, 0.02, 50), 0.3):
+        _, _, other = _setup(noise=noise)
+        with pytest.raises(ControlError, match=r"'steps': 100}, but this one has noise="):
+            other.load_state_dict(saved.state_dict())
+
+
+def test_there_is_a_record_after_each_trial_and_after_no_other_look() -> None:
+    model, _, controller = _setup(noise=0.1, every=2)
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(60):
+        _step(model, controller, generator)
+    # At each of the first eight steps, then at every second one; layers are looked at in between.
+    assert [record.step for record in controller.history] == [*range(8), *range(8, 60, 2)]
+    assert len(controller.state_dict()["history"]) == 34
+
+
+def _step_on_nan(model: nn.Module, controller: Controller, generator: torch.Generator) -> None:
+    x, direction = _batch(generator)
+    direction[3, 2] = math.nan
+    _loss(model, (x, direction)).backward()
+    controller.step()
+
+
+@pytest.mark.parametrize(("step", "look"), [(4, "HALVES"), (9, "LAYERS"), (193, "CURVES")])
+def test_a_gradient_that_is_not_finite_is_left_out_and_said(step: int, look: str) -> None:
+    model, _, controller = _setup(noise=0.1)
+    generator = torch.Generator().manual_seed(10)
+    for _ in range(min(step, 12)):
+        _step(model, controller, generator)
+    controller.load_state_dict({**controller.state_dict(), "step": step})
+    assert controller._trial is not None
+    assert controller._trial.look.name == look
+    assert controller.obstacle == ""
+    keeps, noise, curves = controller.keeps, controller.noise, controller.state_dict()["curves"]
+    _step_on_nan(model, controller, generator)
+    assert controller.obstacle == "the gradient is not finite"
+    assert (controller.keeps, controller.noise) == (keeps, noise)
+    assert all(torch.equal(curve, curves[layer]) for layer, curve in controller.state_dict()["curves"].items())
+    _step(model, controller, generator)
+    assert controller.obstacle == ""
+
+
+def test_gradients_that_stay_not_finite_are_an_error() -> None:
+    model, _, controller = _setup()
+    generator = torch.Generator().manual_seed(11)
+    _step_on_nan(model, controller, generator)
+    _step_on_nan(model, controller, generator)
+    with pytest.raises(ControlError, match="3 trials in a row measured nothing: the gradient is not finite"):
+        _step_on_nan(model, controller, generator)
+
+
+def test_no_budget_is_read_off_a_curve_that_is_not_finite() -> None:
+    curve = torch.tensor([1 / keep - 1 for keep in KEEPS] + [1.0], dtype=torch.float64)
+    assert math.isfinite(find_shift({"a": curve}, {"a": 0.5}, {"a": 1.0}, 0.1, 0.01))
+    for changed, weight, target in ((math.nan, 1.0, 0.1), (0.3, math.inf, 0.1), (0.3, 1.0, math.nan)):
+        other = curve.clone()
+        other[4] = changed
+        with pytest.raises(ControlError, match="the noise of layer 'a' is not finite"):
+            find_shift({"a": other}, {"a": 0.5}, {"a": weight}, target, 0.01)

@@ -237,7 +237,7 @@ def test_states_of_other_models_are_refused() -> None:
     _, _, other = _setup(keep=0.25)
     with pytest.raises(ControlError, match=r"'blocks.0.1': 0.25"):
         controller.load_state_dict(other.state_dict())
-    with pytest.raises(ControlError, match="curves, history"):
+    with pytest.raises(ControlError, match="curves, followers, history"):
         controller.load_state_dict({"step": 1})
 
 

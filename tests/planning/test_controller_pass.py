@@ -26,7 +26,7 @@ def _passes_by_coins() -> list[HalvesPass]:
     scores_BN, everything, seen = grad.norm(dim=1).view(B, T), torch.arange(B * T), {}
     for seed in range(60):
         current = HalvesPass(scores_BN, torch.Generator().manual_seed(seed))
-        current.see_draw("layer", scores_BN, (0.5, 0.5))
+        current.see_draw("layer", scores_BN, (0.5, 0.5), B * T // 2)
         current.see_product(Drawn(everything, torch.ones(B * T, dtype=torch.float64), T, True), grad, stored)
         seen[tuple(current.is_exact.tolist())] = current
     assert len(seen) == 4
@@ -78,3 +78,28 @@ def test_what_is_recalled_stays_near_the_mean() -> None:
         memory = remember(memory, torch.tensor([1e6], dtype=torch.float64))
     mean = memory[0, 0] / memory[0, 1]
     assert float(recall(memory)) <= 2 * float(mean)
+
+
+def _left_by_a_draw_above(is_kept_BN: torch.Tensor) -> tuple[torch.Tensor, HalvesPass]:
+    scores_BN = 1 + torch.rand(is_kept_BN.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    current = HalvesPass(scores_BN, torch.Generator().manual_seed(0))
+    return torch.where(current.is_exact.unsqueeze(1) | is_kept_BN, scores_BN, 0.0), current
+
+
+def test_a_draw_of_the_rows_that_are_left_follows_the_one_above() -> None:
+    examples, rows = 16, 8
+    is_kept_BN = (torch.arange(rows) < 2).expand(examples, rows)
+    scores_BN, current = _left_by_a_draw_above(is_kept_BN)
+    current.see_draw("same rows", scores_BN, (0.25, 0.5), examples // 2 * 2)
+    current.see_draw("fewer rows", scores_BN, (0.1, 0.2), examples // 2)
+    assert current.followers == {"same rows"}
+    assert not current.curves
+
+
+def test_a_draw_where_examples_are_left_has_noise_of_its_own() -> None:
+    examples, rows = 16, 8
+    # Attention spreads a cotangent over its example: an example is left out whole, or not at all.
+    scores_BN, current = _left_by_a_draw_above((torch.arange(examples) % 5 == 0).unsqueeze(1).expand(examples, rows))
+    current.see_draw("below attention", scores_BN, (0.06, 0.2), 4)
+    assert not current.followers
+    assert not current.curves

@@ -124,7 +124,7 @@ class Controller:
         handle: Handle,
         noise: float | NoiseSchedule = 0.05,
         *,
-        every: int = 32,
+        every: int = 64,
         least_keep: float = 0.05,
         seed: int = 0,
         process_group: Any = None,
@@ -153,6 +153,7 @@ class Controller:
         self._log_size: float | None = None
         self._curves: dict[str, Tensor] = {}
         self._layers: dict[str, Tensor] = {}
+        self._followers: frozenset[str] = frozenset()
         self._trial: Trial | None = None
         self.history: list[ControlRecord] = []
         self.obstacle = ""
@@ -221,6 +222,7 @@ class Controller:
             "rows": dict(self._rows),
             "curves": {layer: curve.clone() for layer, curve in self._curves.items()},
             "layers": {layer: pair.clone() for layer, pair in self._layers.items()},
+            "followers": sorted(self._followers),
             "keeps": {layer: strategy.keep for layer, strategy in self._base.items()},
             "settings": dict(self._settings),
             "history": [dataclasses.asdict(record) for record in self.history],
@@ -242,6 +244,7 @@ class Controller:
         self._totals, self._rows = state["totals"].clone().cpu(), dict(state["rows"])
         self._curves = {layer: curve.clone().cpu() for layer, curve in state["curves"].items()}
         self._layers = {layer: pair.clone().cpu() for layer, pair in state["layers"].items()}
+        self._followers = frozenset(state["followers"])
         self.history = [ControlRecord(**record) for record in state["history"]]
         self._prepare()
 
@@ -321,16 +324,16 @@ class Controller:
                     "to compile, give handle.replace_strategies the controller.keeps of an eager run"
                 )
             return
-        if not compares:
-            curves = {layer: curve for layer, curve in curves.items() if layer in self._curves}
-            layers = {layer: pair for layer, pair in layers.items() if layer in self._curves}
+        if compares:
+            self._followers = shared.followers
+        curves, layers = self._without_followers(curves), self._without_followers(layers)
         if not curves:
             return
         if compares:
             self._misses = 0
             self._totals = self._totals * (1 - 1 / _CALIBRATION_TRIALS) + totals
-            self._curves = {layer: memory for layer, memory in self._curves.items() if layer in curves}
-            self._layers = {layer: pair for layer, pair in self._layers.items() if layer in curves}
+            self._curves = self._without_followers(self._curves)
+            self._layers = self._without_followers(self._layers)
         self._add_layers(layers, compares)
         self._add_curves(curves)
         used = self._noise_at(self._shift)
@@ -338,6 +341,9 @@ class Controller:
         self._measured = self._noise_at(self._shift)
         if compares:
             self.history.append(ControlRecord(self._step, self.target, used, self.calibration, self.keep))
+
+    def _without_followers(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {layer: value for layer, value in found.items() if layer not in self._followers}
 
     def _add_layers(self, layers: dict[str, Tensor], compares: bool) -> None:
         """Add the layers' own noise; where no example kept all rows, it is relative to noisy gradients."""

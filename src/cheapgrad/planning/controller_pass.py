@@ -17,6 +17,9 @@ from cheapgrad.sketch.water_filling import minimum_variance, water_filling
 TOTALS = ("passes", "gain", "predicted_gain", "exact", "mean", "shared", "predicted_noise")
 # Pairs of examples whose gradients are measured in a pass.
 _MOST_PAIRS = 32
+# Of the rows that are not zero, so many more than are drawn may be left without a draw being more than those above it:
+# budgets of a few rows take turns between whole numbers.
+_SAME_SHARE, _SAME_ROWS = 1.1, 2
 # Layers are weighed by their noise at their budget, or at this one: at a full budget there is none to be seen.
 _LARGEST_KEEP = 0.9
 _TINY = 1e-300
@@ -45,12 +48,14 @@ class AbstractPass(abc.ABC):
     Attributes:
         examples: B, how many examples the batch has.
         curves: for each layer its draw's variance by budget; see `draw_curve`.
+        followers: layers that draw the rows that a draw above has left, all of them.
     """
 
     def __init__(self, examples: int, generator: torch.Generator) -> None:
         self.examples = examples
         self._generator = generator
         self.curves: dict[str, Tensor] = {}
+        self.followers: set[str] = set()
         self._noise_and_variance: dict[str, Tensor] = {}
 
     @property
@@ -138,13 +143,23 @@ class HalvesPass(AbstractPass):
         """Return one of the two whole numbers next to `expected`, right on average."""
         return max(1, int(expected + float(torch.rand((), generator=self._generator, dtype=torch.float64))))
 
-    def see_draw(self, layer: str, scores_BN: Tensor, shares: tuple[float, float]) -> None:
-        """Take in the scores of a draw, by example, and the shares of rows kept: in the trial, and at other steps."""
+    def see_draw(self, layer: str, scores_BN: Tensor, shares: tuple[float, float], drawn: int) -> None:
+        """Take in a draw.
+
+        Args:
+            layer: that drew.
+            scores_BN: of its rows, by example.
+            shares: of rows kept: in the trial, and at other steps.
+            drawn: how many rows of the sampled half it kept.
+        """
         self._drawn = None
-        # Where rows vanish that a draw above has left out, this one adds nothing of its own.
         is_zero = (scores_BN == 0).double().mean(1)
         vanished = is_zero[~self.is_exact].mean() - is_zero[self.is_exact].mean()
         if bool(vanished > 0.5 * (1 - shares[0])) and shares[0] < 1:
+            # A draw above has left out whole rows, or whole examples, and at the trial's budget more than at others:
+            # this one's own variance there cannot be told from it. Without a choice it adds none at all.
+            if bool((scores_BN[~self.is_exact] != 0).sum() <= _SAME_SHARE * drawn + _SAME_ROWS):
+                self.followers.add(layer)
             return
         scores = scores_BN.flatten()
         self._see_scores(layer, scores)

@@ -21,12 +21,14 @@ class Shared:
         totals: as in `Trial`, summed.
         curves: the same.
         layers: the same.
+        followers: of any rank.
         rows: how many rows each layer has, the mean over the ranks that ran it, so that all round alike.
     """
 
     totals: Tensor
     curves: dict[str, Tensor]
     layers: dict[str, Tensor]
+    followers: frozenset[str]
     rows: dict[str, int]
 
 
@@ -48,14 +50,14 @@ def share_trial(
         group: whose ranks share; None for the default group.
     """
     if not has_ranks():
-        return Shared(trial.totals, trial.curves, trial.layers, dict(rows))
+        return Shared(trial.totals, trial.curves, trial.layers, frozenset(trial.followers), dict(rows))
     own_rows = {name: torch.tensor([rows[name], 1.0], dtype=torch.float64) for name in names if name in rows}
-    parts = [trial.totals]
+    parts = [trial.totals, torch.tensor([float(name in trial.followers) for name in names], dtype=torch.float64)]
     for found, size in ((trial.curves, len(KEEPS) + 1), (trial.layers, 2), (own_rows, 2)):
         parts += [found.get(name, torch.zeros(size, dtype=torch.float64)) for name in names]
     packed = torch.cat(parts).to(device)
     distributed.all_reduce(packed, group=group)
-    totals, *rest = packed.cpu().split([len(part) for part in parts])
+    totals, followers, *rest = packed.cpu().split([len(part) for part in parts])
     count = len(names)
     curves, layers, pairs = (dict(zip(names, rest[start * count :], strict=False)) for start in range(3))
     drawn = [name for name in names if curves[name][-1] > 0]
@@ -63,5 +65,6 @@ def share_trial(
         totals,
         {name: curves[name] for name in drawn},
         {name: layers[name] for name in drawn},
+        frozenset(name for name, ranks in zip(names, followers.tolist(), strict=True) if ranks),
         {name: round(float(pair[0] / pair[1])) for name, pair in pairs.items() if pair[1] > 0},
     )

@@ -42,6 +42,7 @@ class Trial:
         totals: `TOTALS`, summed over the passes; see `HalvesPass`.
         curves: for each layer its draw's variance at `KEEPS` and the squared norm of its cotangent, summed.
         layers: for each layer the noise of its draw in its weights' gradients relative to all, and in its cotangent.
+        followers: layers whose draws add no noise of their own; see `HalvesPass`.
         obstacle: why a pass, or all, could not be measured; an empty string if all were.
     """
 
@@ -60,6 +61,7 @@ class Trial:
         self.totals = torch.zeros(len(TOTALS), dtype=torch.float64)
         self.curves: dict[str, Tensor] = {}
         self.layers: dict[str, Tensor] = {}
+        self.followers: set[str] = set()
         self.obstacle = _NOTHING
 
     def draw(
@@ -130,6 +132,7 @@ class Trial:
             return
         self._clear()
         self.totals += totals
+        self.followers |= current.followers
         for layer, curve in current.curves.items():
             self.curves[layer] = self.curves.get(layer, 0) + curve
         for layer, pair in layers.items():
@@ -152,7 +155,7 @@ def _draw_half(
     # As many as are expected of the others where all examples are drawn from alike.
     expected = float(water_filling(scores, count)[others].sum())
     drawn = base.draw(scores[others], current.round_count(expected), generator)
-    current.see_draw(layer, scores.view(-1, rows), (count / size, keep))
+    current.see_draw(layer, scores.view(-1, rows), (count / size, keep), len(drawn.index_K))
     index_K = torch.cat([exact_K, others[drawn.index_K]])
     weight_K = torch.cat([drawn.weight_K.new_ones(len(exact_K)), drawn.weight_K])
 

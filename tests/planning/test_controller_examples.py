@@ -26,9 +26,9 @@ class _Meeting(nn.Module):
 
 def _gradient(model: _Meeting, generator: torch.Generator) -> Tensor:
     x_BTD = torch.randn(B, T, D, generator=generator, dtype=torch.float64)
-    weight_BT1 = torch.rand(B, T, 1, generator=generator, dtype=torch.float64) ** 2
+    weight = torch.rand(B, T, 1, generator=generator, dtype=torch.float64) ** 2
     direction = torch.randn(B, T, 4, generator=generator, dtype=torch.float64)
-    loss = (weight_BT1 * direction * model(x_BTD)).mean()
+    loss = (weight * direction * model(x_BTD)).mean()
     weights = [model.below.weight, model.above.weight]
     return torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)])
 

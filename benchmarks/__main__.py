@@ -117,7 +117,9 @@ def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]
         finished = _read_finished(arguments.out, name) if arguments.resume else {}
         return measure_audits(seeds=arguments.audits, finished=finished)
     if name == "control":
-        return measure_control(data=arguments.data, steps=arguments.steps, windows=6, rounds=arguments.rounds)
+        return measure_control(
+            data=arguments.data, steps=arguments.steps, windows=max(6, arguments.steps // 200), rounds=arguments.rounds
+        )
     if name == "networks":
         return measure_networks(
             rounds=arguments.rounds,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import cheapgrad
 from benchmarks.interleaved import time_interleaved
 from benchmarks.vision_transformer import VisionTransformer
-from cheapgrad.sketch import RowSample
+from cheapgrad import recipes
 
 # width, depth, examples -> speed-up to reach at each budget (tokens: 64).
 SHAPES: dict[tuple[int, int, int], dict[float, float]] = {
@@ -34,9 +34,9 @@ def measure_steps(*, rounds: int) -> Iterator[dict[str, Any]]:
         functions["exact with AdamW"] = _update(copy.deepcopy(model), inputs, labels)
         for keep in targets:
             sketched = copy.deepcopy(model)
-            cheapgrad.approximate(sketched, cheapgrad.Rule(cotangent=RowSample(keep)))
-            functions[f"cotangent rows {keep}"] = _step(sketched, inputs, labels)
-            functions[f"with AdamW, cotangent rows {keep}"] = _update(copy.deepcopy(sketched), inputs, labels)
+            cheapgrad.approximate(sketched, recipes.speed(keep))
+            functions[f"recipes.speed {keep}"] = _step(sketched, inputs, labels)
+            functions[f"with AdamW, recipes.speed {keep}"] = _update(copy.deepcopy(sketched), inputs, labels)
             fewer = max(1, round(keep * examples))
             functions[f"batch x {keep}"] = _step(copy.deepcopy(model), inputs[:fewer], labels[:fewer])
         timings = time_interleaved(functions, reference="exact", rounds=rounds, label=f"step {width} x {depth}")
@@ -44,7 +44,7 @@ def measure_steps(*, rounds: int) -> Iterator[dict[str, Any]]:
             record = {"benchmark": "step", "width": width, "depth": depth, "examples": examples, "method": name}
             base = timings["exact with AdamW"].ratio if "AdamW" in name else 1.0
             record |= {"seconds": timing.seconds, "relative_cost": timing.ratio / base, "speed_up": base / timing.ratio}
-            keep = float(name.rsplit(" ", 1)[1]) if name.startswith("cotangent") else None
+            keep = float(name.rsplit(" ", 1)[1]) if name.startswith("recipes") else None
             forward = timings["exact, forward only"].ratio
             record["speed_up_limit"] = 1 / (forward + keep * (1 - forward)) if keep else None
             yield record | {"spread": timing.spread, "target_speed_up": targets.get(keep) if keep else None}

@@ -18,16 +18,16 @@ def judge_worth(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     steps = [record for record in records if record["benchmark"] == "step"]
     for width in dict.fromkeys(record["width"] for record in steps):
         rows = [row for record in steps if record["width"] == width for row in _judge(record, omegas)]
-        ours = [row["worth"] for row in rows if row["method"].startswith("cotangent")]
+        ours = [row["worth"] for row in rows if row["method"].startswith("recipes")]
         for row in rows:
             yield row | {"target_worth": TARGET if ours and row["worth"] == min(ours) else None}
 
 
 def _judge(record: dict[str, Any], omegas: dict[str, float]) -> Iterator[dict[str, Any]]:
     kind, _, keep = record["method"].rpartition(" ")
-    if kind not in {"cotangent rows", "batch x"}:
+    if kind not in {"recipes.speed", "batch x"}:
         return
-    omega = 1 / float(keep) - 1 if kind == "batch x" else omegas.get(f"{kind} {keep.lstrip('0')}")
+    omega = 1 / float(keep) - 1 if kind == "batch x" else omegas.get(f"{kind}({keep.lstrip('0')})")
     if omega is None:
         return
     cost = record["relative_cost"]

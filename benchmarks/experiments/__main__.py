@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks.experiments.declaration import identify
 from benchmarks.experiments.pages import write_pages
-from benchmarks.experiments.results import write_results
+from benchmarks.experiments.results import read_results, write_results
 from benchmarks.experiments.runner import find_missing, run_all
 from benchmarks.experiments.settings import Settings, make_trials
 from benchmarks.experiments.store import Store
@@ -116,6 +116,9 @@ def _write_docs(settings: Settings, store: Store, console: Console) -> None:
         console.print(path.name, highlight=False)
     for name in write_pages(RESULTS, _ROOT / "docs"):
         console.print(name, highlight=False)
+    for results in read_results(RESULTS):
+        for words in results.left_out:
+            console.print(f"recorded and in no row: {results.task}: {words}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -58,9 +58,14 @@ def find_batch_size(ratio: float, ladder: Sequence[Sequence[float]]) -> int:
 
     Args:
         ratio: of step times.
-        ladder: pairs of batch size and ratio, at least 2; noise may leave them out of order.
+        ladder: pairs of batch size and ratio, at least 2, the usual batch last; noise may leave them out of order.
+
+    >>> find_batch_size(1.0, [(32, 0.6), (64, 1.2)]), find_batch_size(0.75, [(32, 0.6), (64, 1.2)])
+    (64, 48)
     """
-    points = sorted((int(size), value) for size, value in ladder)
+    points = _normalise(ladder)
+    if ratio >= 1:
+        return points[-1][0]
     # A larger batch takes no less time: what measured so is noise.
     highest = 0.0
     rising = []
@@ -76,13 +81,19 @@ def find_batch_size(ratio: float, ladder: Sequence[Sequence[float]]) -> int:
     return rising[-1][0]
 
 
+def _normalise(ladder: Sequence[Sequence[float]]) -> list[tuple[int, float]]:
+    """Return the ladder in units of its own last step: the exact step, timed twice, differs from itself by noise."""
+    points = sorted((int(size), value) for size, value in ladder)
+    return [(size, value / points[-1][1]) for size, value in points]
+
+
 def find_time(batch_size: int, ladder: Sequence[Sequence[float]]) -> float | None:
     """Return the time of an exact step on that many examples, divided by that on the usual batch; None off the ladder.
 
     >>> find_time(24, [(16, 0.25), (32, 0.5), (64, 1.0)])
     0.375
     """
-    points = sorted((int(size), value) for size, value in ladder)
+    points = _normalise(ladder)
     for (size, value), (next_size, next_value) in itertools.pairwise(points):
         if size <= batch_size <= next_size:
             return value + (next_value - value) * (batch_size - size) / (next_size - size)

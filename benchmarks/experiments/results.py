@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from benchmarks.experiments.methods import EXACT, Method
 from benchmarks.experiments.runner import Finds
 from benchmarks.experiments.store import Lines, Record
 from benchmarks.experiments.tasks import Task
-from benchmarks.experiments.trials import Trials
+from benchmarks.experiments.trials import Trials, list_trainings
 from cheapgrad.files import write_whole
 
 _KIND = "cheapgrad.experiment.task"
@@ -96,6 +96,7 @@ class TaskResults:
         data: name, sizes and checksum of the data.
         is_text: whether the loss is the figure that counts, and not the share of right classes.
         command: what makes the runs that are missing.
+        left_out: recorded trainings that are in no row, in words.
         rows: the exact method first.
         environments: hardware, versions and commit, each combination once.
     """
@@ -105,6 +106,7 @@ class TaskResults:
     data: str
     is_text: bool
     command: str
+    left_out: tuple[str, ...]
     rows: tuple[Row, ...]
     environments: tuple[dict[str, Any], ...]
 
@@ -158,25 +160,38 @@ def write_results(trials: Trials, records: Finds, command: str, directory: Path)
     for task in trials.tasks:
         path = directory / f"{make_slug(task.name)}.jsonl"
         rows, used = _list_rows(trials, task, records)
+        before = {record["id"]: record for record in Lines(path)}
+        everything = {**before, **{record["id"]: record for record in records}}
         head = {
             "kind": _KIND,
-            "version": 2,
+            "version": 3,
             "task": task.name,
             "network": task.network,
             "data": task.data,
             "is_text": task.dataset.is_text,
             "command": command,
+            "left_out": _list_left_out(trials, task, everything.values(), used),
             "rows": rows,
         }
         same = {name: head[name] for name in ("task", "network", "data")}
-        before = {record["id"]: record for record in Lines(path) if same.items() <= record["declaration"].items()}
-        kept = {**before, **used}
+        kept = {**{key: each for key, each in before.items() if same.items() <= each["declaration"].items()}, **used}
         if not kept:
             continue
         lines = [json.dumps(head), *(json.dumps(_round(kept[identity])) for identity in sorted(kept))]
         paths.append(path)
         write_whole(path, ("\n".join(lines) + "\n").encode())
     return paths
+
+
+def _list_left_out(trials: Trials, task: Task, records: Iterable[Record], used: Container[str]) -> list[str]:
+    """Return in words the trainings by known methods that are in no row: their sizes are not wanted any more."""
+    known = {method.words: method.label for method in reversed(trials.methods)}
+    left: dict[str, list[int]] = {}
+    for run in list_trainings(task, records):
+        if run["method"] in known and identify(run) not in used:
+            size = f"{run['steps']} steps on batches of {run['batch_size']}, rate {run['learning_rate']:g}"
+            left.setdefault(f"{known[run['method']]}, {size}", []).append(run["seed"])
+    return [f"{words}, seeds {', '.join(map(str, sorted(seeds)))}" for words, seeds in sorted(left.items())]
 
 
 def _round(value: Any) -> Any:
@@ -209,6 +224,7 @@ def _describe_row(
     trials: Trials, task: Task, method: Method, records: Finds, is_tuned: bool, runs: dict[int, str]
 ) -> dict[str, Any]:
     costs = trials.find_costs(task, method, records)
+    measured = trials.find_measurements(task, trials.find_other(method), records)
     return {
         "label": method.label,
         "family": method.family,
@@ -221,7 +237,8 @@ def _describe_row(
         "is_adaptive": method.is_adaptive,
         "exact_share": method.exact_share,
         "unavailable": (costs or {}).get("error", ""),
-        "words": method.step_words,
+        "words": trials.find_other(method).step_words,
+        "costs": measured[-1]["id"] if measured else None,
         "runs": runs,
     }
 
@@ -235,9 +252,7 @@ def _read_task(path: Path) -> TaskResults:
     with path.open(encoding="utf-8") as stream:
         head = json.loads(stream.readline())
     records = Lines(path)
-    costs = _merge_costs([record for record in records if record["declaration"]["kind"] == "costs"])
-    words = {row["label"]: row["words"] for row in head["rows"]}
-    rows = tuple(_read_row(row, costs, words.get(row["match_label"], ""), records) for row in head["rows"])
+    rows = tuple(_read_row(row, records) for row in head["rows"])
     environments: dict[str, dict[str, Any]] = {}
     for record in sorted((record for row in rows for record in row.runs.values()), key=lambda each: each["id"]):
         environment = {name: record["environment"][name] for name in ("processor", "torch", "commit")}
@@ -248,35 +263,30 @@ def _read_task(path: Path) -> TaskResults:
         head["data"],
         head["is_text"],
         head["command"],
+        tuple(head["left_out"]),
         rows,
         tuple(environments[key] for key in sorted(environments)),
     )
 
 
-def _merge_costs(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Return costs by words, bytes as shares of the exact step of the same measurement; the last measurement counts."""
-    merged: dict[str, dict[str, Any]] = {}
-    for record in sorted(records, key=lambda each: (each["declaration"]["seed"], each["id"])):
-        methods = record["result"]["methods"]
-        exact = methods[EXACT.step_words]
-        for words, costs in methods.items():
-            if "error" in costs:
-                continue
-            shares = {
-                f"{name}_share": costs[f"{name}_bytes"] / exact[f"{name}_bytes"] if costs[f"{name}_bytes"] else None
-                for name in ("held", "peak")
-            }
-            merged[words] = {**costs, **shares, "ladder": record["result"]["ladder"]}
-    return merged
-
-
-def _read_row(row: dict[str, Any], costs: dict[str, dict[str, Any]], match_words: str, records: Lines) -> Row:
+def _read_row(row: dict[str, Any], records: Lines) -> Row:
     found = {int(seed): records.find(identity) for seed, identity in row["runs"].items()}
     runs = {seed: record for seed, record in sorted(found.items()) if record is not None}
-    ladder = costs.get(match_words, {}).get("ladder", [])
+    # Only the measurement that the row was written with: the file may have others, of another batch say.
+    measured = records.find(row["costs"]) if row["costs"] is not None else None
+    ladder = measured["result"]["ladder"] if measured is not None and row["match_label"] else []
     return Row(
-        **{name: value for name, value in row.items() if name not in {"words", "runs"}},
-        costs=None if row["match_label"] else costs.get(row["words"]),
+        **{name: value for name, value in row.items() if name not in {"words", "costs", "runs"}},
+        costs=None if measured is None or row["match_label"] else _read_costs(measured, row),
         ladder=tuple((int(size), float(ratio)) for size, ratio in ladder),
         runs=runs,
     )
+
+
+def _read_costs(measured: Record, row: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the costs of a row's step, bytes as a share of those of the exact step of the same measurement."""
+    methods = measured["result"]["methods"]
+    costs, exact = methods[row["words"]], methods[EXACT.step_words]
+    if "error" in costs:
+        return None
+    return {**costs, "held_share": costs["held_bytes"] / exact["held_bytes"]}

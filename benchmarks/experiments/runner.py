@@ -30,6 +30,10 @@ class Finds(Protocol):
         """Return the record of a run, or None."""
         ...
 
+    def __iter__(self) -> Iterator[Record]:
+        """Yield all records, each run once."""
+        ...
+
 
 class Experiment(Protocol):
     """What is to be run."""

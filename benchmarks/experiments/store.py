@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ class Store:
                 return self._committed.get(identity)
             self._known[identity] = record
         return self._known[identity]
+
+    def __iter__(self) -> Iterator[Record]:
+        """Yield all records, sorted by identity."""
+        names = {name.removesuffix(".json") for name in os.listdir(self._records) if name.endswith(".json")}
+        for identity in sorted(names | self._committed.keys()):
+            record = self.find(identity)
+            if record is not None:
+                yield record
 
     def save(self, declaration: dict[str, Any], result: dict[str, Any], environment: dict[str, Any]) -> None:
         """Write the record of a run.

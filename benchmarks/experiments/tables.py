@@ -132,10 +132,12 @@ def say_winner(results: TaskResults, comparison: Comparison) -> str:
 
 
 def _write_missing(results: TaskResults) -> str:
+    parts = []
+    if results.left_out:
+        parts.append(f"Recorded, and of a size that no row has any more: {'; '.join(results.left_out)}.")
     own = [row for row in results.rows if not row.is_tuned]
     unavailable = [f"{row.label} ({row.unavailable})" for row in own if row.unavailable]
     missing = sum(not row.runs and not row.unavailable for row in own)
-    parts = []
     if missing:
         parts.append(
             f"{missing} of {len(own)} methods have not been trained on this task; `{results.command}` trains them, and "

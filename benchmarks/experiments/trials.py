@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ from benchmarks.experiments.training import train
 
 # Runs that choose learning rates have seeds of their own: what is chosen on them says nothing about the others.
 TUNING_SEEDS = (100,)
-# Trainings made equal in time stay valid while a later measurement would change them by no more than this share of the
-# usual number of examples.
+# Trainings made equal in time stay valid while a later measurement, or another reading of it, would change them by no
+# more than this share of the usual number of examples.
 _SAME_SIZE = 0.05
 
 
@@ -75,6 +76,7 @@ class Trials:
             for measurement in range(self.measurements)
             for task in self.tasks
             for run in self.list_cost_runs(task, measurement)
+            if not self._is_measured_otherwise(task, run, records)
         ]
         if any(records.find(identify(run)) is None for run in costs):
             return costs
@@ -137,15 +139,31 @@ class Trials:
         return found[-1]["result"]["methods"].get(method.step_words) if found else None
 
     def find_measurements(self, task: Task, method: Method, records: Finds) -> list[Record]:
-        """Return the records of the costs of a method's family, the first measurement first."""
-        found: list[Record] = []
-        while True:
-            runs = self.list_cost_runs(task, len(found))
-            ours = [identify(run) for run in runs if method.step_words in {*run.methods, EXACT.step_words}]
-            record = next(filter(None, map(records.find, ours)), None)
-            if record is None:
-                return found
-            found.append(record)
+        """Return the records of what a step of a method costs on the usual batch, the one that counts last.
+
+        How many steps were timed, and which other methods in turn with it, does not decide whether a record is found:
+        trainings whose size was matched to it would be lost with it.
+        """
+        found = [record for record in self._list_costs(task, records) if method.step_words in _words_of(record)]
+        return sorted(found, key=lambda record: (*_order_of(record), record["id"]))
+
+    def _list_costs(self, task: Task, records: Finds) -> Iterator[Record]:
+        wanted = {
+            "kind": CostRun.kind,
+            "task": task.name,
+            "network": task.network,
+            "data": task.data,
+            "batch_size": task.batch_size,
+            "threads": self.threads,
+        }
+        return (record for record in records if wanted.items() <= record["declaration"].items())
+
+    def _is_measured_otherwise(self, task: Task, run: CostRun, records: Finds) -> bool:
+        """Return whether other records hold all of a measurement: with another number of steps, say."""
+        if records.find(identify(run)) is not None:
+            return False
+        same = [record for record in self._list_costs(task, records) if record["declaration"]["seed"] == run.seed]
+        return set(run.methods) <= {words for record in same for words in _words_of(record)}
 
     def find_size(self, task: Task, method: Method, records: Finds) -> Size | None:
         """Return batch size, steps and micro-batches of a method; None where it does not fit the network."""
@@ -155,13 +173,37 @@ class Trials:
             return None
         if method.match is None:
             return usual
-        other = next(each for each in self.methods if each.label == method.match.label)
+        other = self.find_other(method)
         chosen: Size | None = None
         for record in self.find_measurements(task, other, records):
             size = _match_in(record, method.match.by, usual, other)
             if size is not None and (chosen is None or _differ(size, chosen, usual)):
                 chosen = size
-        return chosen
+        is_timed = chosen is not None and method.match.by.startswith("time")
+        return self._find_made(task, chosen, records) if chosen is not None and is_timed else chosen
+
+    def _find_made(self, task: Task, size: Size, records: Finds) -> Size:
+        """Return the size itself, or one that hardly differs if exact trainings of that size are made already."""
+        usual = Size(task.batch_size, task.steps)
+        made = Counter(
+            Size(run["batch_size"], run["steps"], run["parts"])
+            for run in list_trainings(task, records)
+            if run["method"] == EXACT.words and run["evaluations"] == task.evaluations
+        )
+        if size == usual or made[size]:
+            return size
+        fewer_steps = size.batch_size == usual.batch_size
+        near = [
+            each
+            for each in made
+            if each != usual and (each.batch_size == usual.batch_size) == fewer_steps and not _differ(each, size, usual)
+        ]
+        return max(near, key=lambda each: (made[each], each.batch_size, each.steps), default=size)
+
+    def find_other(self, method: Method) -> Method:
+        """Return the method that this one is made equal to; itself if there is none."""
+        label = method.match.label if method.match is not None else method.label
+        return next(each for each in self.methods if each.label == label)
 
     def choose_rate(self, task: Task, method: Method, records: Finds) -> float | None:
         """Return the learning rate that is best on the validation data (mean over tuning seeds), or None.
@@ -244,6 +286,24 @@ class Trials:
     def _find_methods(self, words: Sequence[str]) -> list[Method]:
         by_words = {name: method for method in reversed(self.methods) for name in (method.step_words, method.words)}
         return [by_words[each] for each in words]
+
+
+def list_trainings(task: Task, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+    """Yield what is declared of the trainings of a task, those left out that chose learning rates."""
+    for record in records:
+        run = record["declaration"]
+        is_same = (run["task"], run["network"], run["data"]) == (task.name, task.network, task.data)
+        if is_same and run["kind"] == TrainingRun.kind and run["seed"] < min(TUNING_SEEDS):
+            yield run
+
+
+def _words_of(record: Record) -> list[str]:
+    return record["declaration"]["methods"]
+
+
+def _order_of(record: Record) -> tuple[int, int]:
+    """Return what the later one of two records of costs has more of: a measurement made again, or more steps."""
+    return record["declaration"]["seed"], record["declaration"]["rounds"]
 
 
 def _match_in(record: Record, by: str, usual: Size, other: Method) -> Size | None:

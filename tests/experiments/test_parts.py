@@ -16,7 +16,7 @@ from benchmarks.experiments.analysis import steps_to
 from benchmarks.experiments.biased import LargestWithoutWeights
 from benchmarks.experiments.datasets import DataError, load, load_digit_pixels
 from benchmarks.experiments.declaration import TrainingRun
-from benchmarks.experiments.matching import Size, find_batch_size, match
+from benchmarks.experiments.matching import Size, find_batch_size, find_time, match
 from benchmarks.experiments.methods import EXACT, list_methods
 from benchmarks.experiments.preparing import prepare
 from benchmarks.experiments.tasks import make_bagnet_task, make_language_task, make_perceptron_task
@@ -150,6 +150,15 @@ def test_batches_stay_on_the_ladder_and_noise_does_not_turn_it():
     assert find_batch_size(2.0, ladder) == 64
     sizes = [find_batch_size(ratio / 50, ladder) for ratio in range(60)]
     assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("noise", [0.9, 1.0, 1.1])
+def test_a_step_timed_twice_does_not_turn_the_ladder(noise):
+    # The last step of the ladder is the exact step once more, and the whole ladder shares its noise.
+    ladder = [(size, noise * size / 64) for size in (16, 32, 64)]
+    assert find_batch_size(1.0, ladder) == 64
+    assert find_batch_size(0.75, ladder) == 48
+    assert find_time(48, ladder) == pytest.approx(0.75)
 
 
 def test_steps_to_a_target():

@@ -52,10 +52,16 @@ def test_costs_come_first_then_rates_then_the_rest(trials, store):
         def find(self, identity):
             return None
 
+        def __iter__(self):
+            return iter(())
+
     class OnlyCosts:
         def find(self, identity):
             record = store.find(identity)
             return record if record is not None and record["declaration"]["kind"] == "costs" else None
+
+        def __iter__(self):
+            return (record for record in store if record["declaration"]["kind"] == "costs")
 
     assert {type(run) for run in trials.declare(Nothing())} == {CostRun}
     second = [run for run in trials.declare(OnlyCosts()) if isinstance(run, TrainingRun)]

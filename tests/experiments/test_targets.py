@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.experiments.choices import write_situations, write_time_choice
@@ -66,7 +68,7 @@ def make_task(kind, *, sketch=0.985, smaller=0.975, time=0.6, bytes_held=20, ome
     )
     name = ("wide " if kind == "MLP" else "") + f"{kind} on data"
     environment = {"processor": "a processor", "torch": "2", "commit": "abc"}
-    fields = {"network": "network", "data": "data", "is_text": is_text, "command": "command"}
+    fields = {"network": "network", "data": "data", "is_text": is_text, "command": "command", "left_out": ()}
     return TaskResults(name, **{**fields, **changes}, rows=rows, environments=(environment,))
 
 
@@ -136,7 +138,7 @@ def test_advice_on_memory_is_the_fastest_that_loses_nothing():
 
 def test_no_setting_is_shown_without_its_smaller_batch():
     task = make_task("ViT")
-    alone = TaskResults(task.task, task.network, task.data, False, "command", task.rows[:4], task.environments)
+    alone = replace(task, rows=task.rows[:4])
     assert SPEED in write_time_choice([task])
     assert write_time_choice([alone]) == ""
 
@@ -145,7 +147,7 @@ def test_remedies_stand_beside_what_they_mend():
     task = make_task("ViT")
     assert write_remedies([task]) == ""
     remedy = make_row(f"{SPEED}, last 20 % exact", "speed", time=0.5, omega=0.02, exact_share=0.2)
-    page = write_remedies([TaskResults(task.task, "", "data", False, "", (*task.rows, remedy), ())])
+    page = write_remedies([replace(task, rows=(*task.rows, remedy))])
     plain, mended = page.splitlines()[2:]
     assert plain.split(" | ")[1:3] == [SPEED, "0.60"]
     # A fifth of the steps in full, the others in half the time.

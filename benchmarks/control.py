@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 import time
@@ -19,7 +18,7 @@ from torch.nn import functional
 import cheapgrad
 from benchmarks.pictures import Patches, load_patches
 from benchmarks.vision_transformer import VisionTransformer
-from cheapgrad.planning.controller_trial import Look, Trial, TrialDesign
+from benchmarks.watching import give_own_trial
 from cheapgrad.sketch import RowSample
 
 BATCH, TARGET, EVERY = 64, 0.05, 64
@@ -112,26 +111,11 @@ def _measure_step(
         index = torch.randint(0, len(patches.labels), (BATCH,))
         with handle.exact():
             exact.append(_gradient(model, patches, index, weights))
-        handle.replace_strategies(_without_watching(in_force))
+        handle.replace_strategies(give_own_trial(in_force, BATCH, torch.initial_seed() % 2**31))
         added += (_gradient(model, patches, index, weights) - exact[-1]).square().sum().item() / 2
         handle.replace_strategies(in_force)
     torch.random.set_rng_state(random_state)
     return added, (exact[0] - exact[1]).square().sum().item() / 2
-
-
-def _without_watching(strategies: dict[str, Any]) -> dict[str, Any]:
-    """Return the same strategies with a trial of their own, so that the controller's does not see what is measured."""
-    trial = Trial(torch.initial_seed() % 2**31, lambda: BATCH)
-    return {name: _give_trial(value, trial) for name, value in strategies.items()}
-
-
-def _give_trial(strategy: Any, trial: Trial) -> Any:
-    design = strategy.design
-    if not isinstance(design, TrialDesign):
-        return strategy
-    if design.trial.look is Look.HALVES:
-        return dataclasses.replace(strategy, design=dataclasses.replace(design, trial=trial))
-    return dataclasses.replace(strategy, design=design.base)
 
 
 def _gradient(model: nn.Module, patches: Patches, index: Tensor, weights: list[Tensor]) -> Tensor:

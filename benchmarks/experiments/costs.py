@@ -65,7 +65,8 @@ def measure_costs(task: Task, methods: Sequence[Method], rounds: int, seed: int)
 
     Returns:
         By method: medians of the times and of their ratios to the exact step of the same round, half the distance
-        between the quartiles of the ratios, bytes; a method that does not fit the network has an ``"error"`` instead.
+        between the quartiles of the ratios, bytes; of an adaptive method bytes alone; a method that does not fit the
+        network has an ``"error"`` instead.
     """
     batch = next(draw_batches(task, task.batch_size, seed))
     steppers: dict[str, _Stepper] = {}
@@ -79,6 +80,9 @@ def measure_costs(task: Task, methods: Sequence[Method], rounds: int, seed: int)
             steppers.pop(method.step_words, None)
             continue
         results[method.step_words] = {"held_bytes": held_bytes, "peak_bytes": peak_bytes}
+        if method.is_adaptive:
+            # The first steps of a controller are all trials, and a plan is made later: trainings tell what they take.
+            steppers.pop(method.step_words)
     sizes = sorted({max(2, round(share * task.batch_size)) for share in LADDER})
     ladder = {size: _make_stepper(task, EXACT, _first(batch, size), seed) for size in sizes}
     _take_turns([*steppers.values(), *ladder.values()], rounds)

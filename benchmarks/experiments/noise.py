@@ -19,13 +19,14 @@ def measure_noise(prepared: Prepared, batches: Sequence[Batch], draws: int) -> d
 
     With exact gradients g_k of K batches, ``σ² = Σ‖g_k − ḡ‖²/(K − 1)``, ``‖E g‖²`` is estimated by ``‖ḡ‖² − σ²/K``,
     and ``ω = mean ‖ĝ_k − g_k‖² / σ²`` over the draws: for a biased method the squared bias is in it.
+    A controller sees none of it; ω is that of its budgets between trials.
 
     Args:
         prepared: the model and its method.
         batches: of equal size, at least 2.
         draws: of the gradient, for each batch.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), prepared.unwatched():
         torch.manual_seed(_SEED)
         with exactly(prepared):
             exact = [prepared.draw_gradient(batch) for batch in batches]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import cheapgrad
 from benchmarks.experiments.methods import Method
 from benchmarks.experiments.tasks import Task
+from benchmarks.watching import at_usual_keeps
 from benchmarks.whole_network import Checkpointed
 from cheapgrad.cost import measure_held_bytes, peak_memory
 from cheapgrad.planning import NoiseSchedule
@@ -63,6 +64,12 @@ class Prepared:
                 buffer.copy_(value)
         return list(gradient)
 
+    def unwatched(self) -> Any:
+        """Hide from the controller, if there is one, what is measured inside the context."""
+        if self.controller is None or self.handle is None:
+            return contextlib.nullcontext()
+        return at_usual_keeps(self.handle, self.controller)
+
     def compiler_budget(self) -> Any:
         """Set the compiler's activation memory budget inside the context, where the method has one."""
         if self.method.memory_budget is None:
@@ -77,7 +84,7 @@ class Prepared:
         What is kept may depend on what a first step showed, so one goes before.
         """
         part = (batch[0].tensor_split(parts)[0], batch[1].tensor_split(parts)[0])
-        with torch.random.fork_rng(devices=[]), self.compiler_budget():
+        with torch.random.fork_rng(devices=[]), self.compiler_budget(), self.unwatched():
             self.draw_gradient(part)
             held = measure_held_bytes(lambda: self.compute_loss(part), exclude=[self.model, *part]).total_bytes
             if self.method.memory_budget is not None:

@@ -18,6 +18,7 @@ from benchmarks.experiments.trials import Trials, list_trainings
 from cheapgrad.files import write_whole
 
 _KIND = "cheapgrad.experiment.task"
+_UNTIMED = ("held_bytes", "peak_bytes", "error")
 # Networks, by a piece of the names of their tasks.
 KINDS = ("MLP", "ViT", "BagNet", "language model")
 
@@ -38,7 +39,8 @@ class Row:
         is_adaptive: whether what a step costs depends on the state of the training.
         exact_share: share of the steps that are exact although the others are not.
         unavailable: why it was not run, or an empty text.
-        costs: of a step on the usual batch, divided by those of the exact step; None where not measured.
+        costs: of a step on the usual batch, divided by those of the exact step; None where not measured, and without
+            times for an adaptive method.
         ladder: pairs of batch size and time of an exact step, divided by that on the usual batch, as measured beside
             the method that this one is made equal to; empty for methods of their own.
         runs: record of each seed.
@@ -177,7 +179,9 @@ def write_results(trials: Trials, records: Finds, command: str, directory: Path)
         kept = {**{key: each for key, each in before.items() if same.items() <= each["declaration"].items()}, **used}
         if not kept:
             continue
-        lines = [json.dumps(head), *(json.dumps(_round(kept[identity])) for identity in sorted(kept))]
+        adaptive = {method.step_words for method in trials.methods if method.is_adaptive}
+        written = [_drop_times(_round(kept[identity]), adaptive) for identity in sorted(kept)]
+        lines = [json.dumps(head), *map(json.dumps, written)]
         paths.append(path)
         write_whole(path, ("\n".join(lines) + "\n").encode())
     return paths
@@ -202,6 +206,20 @@ def _round(value: Any) -> Any:
         # What is declared is what the identity is the hash of.
         return {name: each if name == "declaration" else _round(each) for name, each in value.items()}
     return [_round(each) for each in value] if isinstance(value, list) else value
+
+
+def _drop_times(record: Record, adaptive: Container[str]) -> Record:
+    """Return a record without the times of steps that depend on the state of a training: measured apart, they mislead.
+
+    Earlier versions measured them.
+    """
+    if record["declaration"]["kind"] != "costs":
+        return record
+    methods = {
+        words: {name: value for name, value in costs.items() if words not in adaptive or name in _UNTIMED}
+        for words, costs in record["result"]["methods"].items()
+    }
+    return {**record, "result": {**record["result"], "methods": methods}}
 
 
 def _list_rows(trials: Trials, task: Task, records: Finds) -> tuple[list[dict[str, Any]], dict[str, Record]]:

@@ -64,7 +64,7 @@ def _write_methods(results: TaskResults) -> str:
                 write_number(row.declaration["learning_rate"], "{:g}"),
                 str(row.declaration["batch_size"]),
                 write_number(time_share(results, row)),
-                write_number(row.costs["backward_ratio"] if row.costs else None),
+                write_number((row.costs or {}).get("backward_ratio")),
                 write_number(bytes_share(results, row)),
                 write_omega(row),
                 _spread(results, row),
@@ -80,7 +80,7 @@ def _write_costs(results: TaskResults) -> str:
     rows = [
         [
             name_row(row),
-            *[write_number(row.costs[name]) for name in ("ratio", "ratio_spread", "backward_ratio", "held_share")],
+            *[write_number(row.costs.get(name)) for name in ("ratio", "ratio_spread", "backward_ratio", "held_share")],
         ]
         for row in results.rows
         if row.costs is not None

@@ -11,7 +11,7 @@ from benchmarks.experiments.declaration import CostRun, TrainingRun, describe, i
 from benchmarks.experiments.methods import EXACT, list_methods
 from benchmarks.experiments.results import read_results, write_results
 from benchmarks.experiments.runner import find_missing
-from benchmarks.experiments.store import Store
+from benchmarks.experiments.store import Lines, Store
 from benchmarks.experiments.tasks import make_perceptron_task
 from benchmarks.experiments.trials import Trials
 
@@ -140,3 +140,16 @@ def test_a_training_that_is_made_and_hardly_differs_in_size_stands(tmp_path, mad
     run = TrainingRun(task.name, task.network, task.data, EXACT.words, made, 1, task.steps, 0.1, 0, task.evaluations, 3)
     store.save(describe(run), {}, {})
     assert find_size(trials, store, BATCH) == size
+
+
+def test_times_of_adaptive_steps_that_were_measured_once_are_dropped(tmp_path):
+    trials, store = replace(make_trials(), wanted=(LABEL, "Controller(noise=0.05)")), Store(tmp_path)
+    record_costs(trials, store, 0, 2.3)
+    record_trainings(trials, store)
+    results = read_rows(trials, store, tmp_path / "rows")
+    assert results.find_row("Controller(noise=0.05)").costs == {"held_bytes": 50, "held_share": 0.5}
+    assert results.find_row(LABEL).costs["ratio"] == 2.3
+    (path,) = (tmp_path / "rows").glob("*.jsonl")
+    controlled = next(method.step_words for method in trials.methods if method.label == "Controller(noise=0.05)")
+    costs = [record["result"]["methods"] for record in Lines(path) if record["declaration"]["kind"] == "costs"]
+    assert [each[controlled] for each in costs if controlled in each] == [{"held_bytes": 50}]

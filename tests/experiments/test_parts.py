@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import zipfile
 from dataclasses import replace
 
@@ -14,10 +15,12 @@ from PIL import Image
 import cheapgrad
 from benchmarks.experiments.analysis import steps_to
 from benchmarks.experiments.biased import LargestWithoutWeights
+from benchmarks.experiments.costs import measure_costs
 from benchmarks.experiments.datasets import DataError, load, load_digit_pixels
 from benchmarks.experiments.declaration import TrainingRun
 from benchmarks.experiments.matching import Size, find_batch_size, find_time, match
 from benchmarks.experiments.methods import EXACT, list_methods
+from benchmarks.experiments.noise import measure_noise
 from benchmarks.experiments.preparing import prepare
 from benchmarks.experiments.tasks import make_bagnet_task, make_language_task, make_perceptron_task
 from benchmarks.experiments.training import draw_batches, train
@@ -233,6 +236,30 @@ def test_omega_of_a_sketch_is_measured_and_grows_with_what_is_dropped():
     assert train(task, EXACT, declare(task, EXACT))["noise"][0]["omega"] is None
 
 
+def test_a_controller_does_not_see_what_is_measured():
+    task, method = replace(make_task(), steps=12), find_method("Controller(noise=0.05)")
+    watched, alone = (train(task, method, declare(task, method, noise_points=points)) for points in (12, 0))
+    assert len(watched["noise"]) == 12
+    # Every step is a trial here, and the next budgets follow from it.
+    assert watched["test_loss"] == alone["test_loss"]
+    prepared = prepare(task, method, task.build_seeded(0), [])
+    before = prepared.handle.strategies()
+    prepared.measure_bytes(next(draw_batches(task, 32, 0)))
+    assert prepared.handle.strategies() == before
+    assert all(strategy.design.trial.totals[0] == 0 for strategy in before.values())
+
+
+def test_omega_of_a_controller_is_that_of_its_keeps():
+    task, method = make_task(), find_method("Controller(noise=0.05)")
+    batches = list(itertools.islice(draw_batches(task, 32, 0), 4))
+    controlled, plain = (
+        measure_noise(prepare(task, each, task.build_seeded(0), []), batches, draws=2)["omega"]
+        # Before the first trial the keep fractions are those of the rules.
+        for each in (method, find_method("recipes.speed(0.5)"))
+    )
+    assert controlled == plain
+
+
 def test_exact_steps_are_exact_and_the_others_are_not():
     task, plain = make_task(), find_method("recipes.speed(0.3)")
     always, never, half = (replace(plain, exact_between=between) for between in ((0.0, 1.0), (0.5, 0.5), (0.5, 1.0)))
@@ -245,6 +272,14 @@ def test_exact_steps_are_exact_and_the_others_are_not():
     assert losses["half"] not in {losses["exact"], losses["plain"]}
     assert half.exact_share == 0.5
     assert half.step_words == plain.words != half.words
+
+
+def test_steps_of_adaptive_methods_are_not_timed_apart():
+    task, labels = make_task(), ("recipes.speed(0.5)", "Controller(noise=0.05)", "plan(flops=0.6)")
+    methods = [find_method(label) for label in labels]
+    measured = measure_costs(task, methods, rounds=2, seed=0)["methods"]
+    assert [("ratio" in measured[method.step_words]) for method in methods] == [True, False, False]
+    assert all(measured[method.step_words]["held_bytes"] > 0 for method in methods)
 
 
 def test_divergence_is_a_result():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +56,23 @@ def compare_rows(results: TaskResults, row: Row, other: Row, figure: str = "") -
     return compare_paired(first, second) if set(first) & set(second) else None
 
 
+def list_distinct(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows that were trained, of those that share their runs the first."""
+    distinct: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        if row.runs:
+            distinct.setdefault(row.run_ids, row)
+    return list(distinct.values())
+
+
 def compare_all(results: TaskResults) -> dict[tuple[str, bool], tuple[Comparison, float]]:
-    """Return for every method its difference to exact training, and Holm's p-value over all methods of the task."""
+    """Return for every method its difference to exact training, and Holm's p-value over all methods of the task.
+
+    Rows that share their runs are one method, and count once.
+    """
     found = {
         (row.label, row.is_tuned): comparison
-        for row in results.rows
+        for row in list_distinct(results.rows)
         if row is not results.exact and (comparison := compare_rows(results, row, results.exact)) is not None
     }
     adjusted = correct_for_many({repr(key): comparison.p_value for key, comparison in found.items()})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 
-from benchmarks.experiments.analysis import bytes_share, compare_rows, find_rivals, time_share
+from benchmarks.experiments.analysis import bytes_share, compare_rows, find_rivals, list_distinct, time_share
 from benchmarks.experiments.results import KINDS, Row, TaskResults
 from benchmarks.experiments.tables import (
     UNKNOWN,
-    name_row,
+    count_seeds,
+    name_all,
     say_winner,
     write_interval,
     write_number,
@@ -17,46 +19,77 @@ from benchmarks.experiments.tables import (
 
 # Below this nobody would call two methods different in time.
 _SAME_TIME = 0.05
+# Nor in bytes.
+_SAME_BYTES = 0.05
 # Who is short of memory wants to halve it at least.
 _FEW_BYTES = 0.5
 _MEMORY_FAMILIES = ("memory", "both", "checkpoints", "parts", "compiled")
-_NO_DIFFERENCE = "either: no difference found"
+_RIVALS = {"time, batch": "the smaller batch", "time, steps": "fewer steps"}
+
+
+class Verdict(enum.Enum):
+    """What a setting is worth beside the exact methods of equal time."""
+
+    NOTHING = "no time is saved"
+    WORSE = "an exact method of equal time is better"
+    OPEN = "no difference to one of them is found"
+    BETTER_THAN_ONE = "better than the only one that was run"
+    BETTER = "better than both"
 
 
 def write_time_choice(all_results: Sequence[TaskResults]) -> str:
     """Return, for each task, every setting that was run beside the exact methods of equal time, and what is best."""
-    rows = []
+    rows, shown = [], []
     for results in all_results:
         for row in list_faster(results):
             rivals = {rival.match_by: rival for rival in find_rivals(results, row)}
-            cells = [results.task, name_row(row), write_number(time_share(results, row))]
-            cells += [_against(results, row, results.exact)]
-            cells += [_against(results, row, rivals.get(by)) for by in ("time, batch", "time, steps")]
+            cells = [results.task, name_all(results, row), write_number(time_share(results, row))]
+            cells += [write_number(bytes_share(results, row)), _against(results, row, results.exact)]
+            cells += [_against(results, row, rivals.get(by)) for by in _RIVALS]
             rows.append([*cells, _advise_time(results, row)])
-    heads = "task|setting|time|− exact|− smaller batch of equal time|− fewer steps of equal time|use"
-    return write_table(heads.split("|"), rows)
+            shown.append(results)
+    heads = "task|setting|time|bytes held|− exact|− smaller batch of equal time|− fewer steps of equal time|use"
+    absent = _name_absent(all_results, shown, "no setting has been trained beside its smaller batch")
+    return _join(write_table(heads.split("|"), rows), absent)
 
 
 def list_faster(results: TaskResults) -> list[Row]:
-    """Return the rows of settings that are to save time and that have a smaller batch of equal time beside them."""
-    return [
-        row
-        for row in results.rows
-        if row.family == "speed"
-        and row.runs
-        and any(rival.match_by == "time, batch" for rival in find_rivals(results, row))
-    ]
+    """Return the rows of settings that are to save time and that have a smaller batch of equal time beside them.
+
+    Of those that share their runs, and the runs of what is beside them, the first.
+    """
+    distinct: dict[tuple[tuple[str, ...], ...], Row] = {}
+    for row in results.rows:
+        rivals = find_rivals(results, row)
+        if row.family == "speed" and row.runs and any(rival.match_by == "time, batch" for rival in rivals):
+            distinct.setdefault((row.run_ids, *(rival.run_ids for rival in rivals)), row)
+    return list(distinct.values())
+
+
+def judge_setting(results: TaskResults, row: Row) -> Verdict:
+    """Return what a setting is worth; better than both it is only where both were run."""
+    time = time_share(results, row)
+    if time is not None and time > 1 - _SAME_TIME:
+        return Verdict.NOTHING
+    winners = _find_winners(results, row).values()
+    if "the one beside it" in winners:
+        return Verdict.WORSE
+    if any(winner != "the method" for winner in winners):
+        return Verdict.OPEN
+    return Verdict.BETTER_THAN_ONE if _list_not_run(results, row) else Verdict.BETTER
 
 
 def _advise_time(results: TaskResults, row: Row) -> str:
-    time = time_share(results, row)
-    if time is not None and time > 1 - _SAME_TIME:
+    verdict, not_run = judge_setting(results, row), _list_not_run(results, row)
+    if verdict is Verdict.NOTHING:
         return "nothing: no time is saved here"
-    winners = _find_winners(results, row)
-    lost = [label for label, winner in winners.items() if winner == "the one beside it"]
-    if lost:
-        return lost[0]
-    return row.label if all(winner == "the method" for winner in winners.values()) else _NO_DIFFERENCE
+    if verdict is Verdict.WORSE:
+        return next(label for label, winner in _find_winners(results, row).items() if winner == "the one beside it")
+    words = row.label
+    if verdict is Verdict.OPEN:
+        found = compare_rows(results, row, results.exact)
+        words = "either: no difference found" + (f" with {count_seeds(found)}" if found is not None else "")
+    return "; ".join([words, *(f"{name} not run" for name in not_run)])
 
 
 def _find_winners(results: TaskResults, row: Row) -> dict[str, str]:
@@ -64,28 +97,46 @@ def _find_winners(results: TaskResults, row: Row) -> dict[str, str]:
     return {rival.label: say_winner(results, found) for rival, found in comparisons if found is not None}
 
 
+def _list_not_run(results: TaskResults, row: Row) -> list[str]:
+    """Return the exact methods of equal time that a setting was not compared with."""
+    rivals = {rival.match_by: rival for rival in find_rivals(results, row)}
+    compared = {by for by, rival in rivals.items() if compare_rows(results, row, rival) is not None}
+    return [name for by, name in _RIVALS.items() if by not in compared]
+
+
+def _name_absent(all_results: Sequence[TaskResults], shown: Sequence[TaskResults], why: str) -> str:
+    absent = [results.task for results in all_results if results not in shown]
+    return f"Not shown, because {why}: {', '.join(absent)}." if absent else ""
+
+
+def _join(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
+
+
 def write_memory_choice(all_results: Sequence[TaskResults]) -> str:
     """Return, for each task, what holds fewer bytes and what it costs."""
-    rows = []
+    rows, shown = [], []
     for results in all_results:
         for row in _list_smaller(results):
-            cells = [results.task, row.label, write_number(bytes_share(results, row))]
+            shown.append(results)
+            cells = [results.task, name_all(results, row), write_number(bytes_share(results, row))]
             cells += [write_number(time_share(results, row)), _against(results, row, results.exact)]
             rows.append(cells)
-    return write_table(["task", "method", "bytes held", "time", "− exact"], rows)
+    absent = _name_absent(all_results, shown, "nothing that is to hold fewer bytes has been trained")
+    return _join(write_table(["task", "method", "bytes held", "time", "− exact"], rows), absent)
 
 
 def _list_smaller(results: TaskResults) -> list[Row]:
     return [
         row
-        for row in results.rows
-        if row.runs and not row.is_tuned and (row.match_by == "bytes, batch" or row.family in _MEMORY_FAMILIES)
+        for row in list_distinct(results.rows)
+        if not row.is_tuned and (row.match_by == "bytes, batch" or row.family in _MEMORY_FAMILIES)
     ]
 
 
 def write_situations(all_results: Sequence[TaskResults]) -> str:
     """Return one line of advice for each kind of network and each shortage, with the figures that it rests on."""
-    rows = []
+    rows, shown = [], []
     for kind in KINDS:
         tasks = [results for results in all_results if results.kind == kind and results.exact.runs]
         # Small networks on small pictures say little where larger ones were trained.
@@ -93,37 +144,42 @@ def write_situations(all_results: Sequence[TaskResults]) -> str:
         for results in tasks:
             rows.append([f"time is short, {results.task}", *_sum_up_time(results)])
             rows.append([f"memory is short, {results.task}", *_sum_up_memory(results)])
-    return write_table(["your situation is like", "what to use", "because"], rows)
+        shown += tasks
+    absent = _name_absent(all_results, shown, "nothing, or a larger network of the kind, has been trained")
+    return _join(write_table(["your situation is like", "what to use", "because"], rows), absent)
 
 
 def _sum_up_time(results: TaskResults) -> tuple[str, str]:
-    settings = [row for row in list_faster(results) if not row.is_tuned]
-    advised = {row.label: _advise_time(results, row) for row in settings}
+    settings = [(judge_setting(results, row), row) for row in list_faster(results) if not row.is_tuned]
+    settings.sort(key=lambda each: time_share(results, each[1]) or 1.0)
+    fastest = {verdict: row for verdict, row in reversed(settings)}
     if not settings:
         return "not known", "no setting has been trained beside its smaller batch"
-    if all(advice.startswith("nothing") for advice in advised.values()):
-        return "a smaller batch, or fewer steps", "no setting makes a step faster"
-    winners = [row for row in settings if advised[row.label] == row.label]
-    if winners:
-        best = min(winners, key=lambda row: time_share(results, row) or 1.0)
+    if (best := fastest.get(Verdict.BETTER)) is not None:
         return f"`{best.label}`", "better than both exact methods of equal time: " + _tell(results, best)
-    either = [row for row in settings if advised[row.label] == _NO_DIFFERENCE]
-    if either:
-        best = min(either, key=lambda row: time_share(results, row) or 1.0)
+    if (best := fastest.get(Verdict.BETTER_THAN_ONE)) is not None:
+        not_run = ", ".join(_list_not_run(results, best))
+        return f"`{best.label}`", f"better than the smaller batch; {not_run} not run: {_tell(results, best)}"
+    if (best := fastest.get(Verdict.OPEN)) is not None:
         return f"a smaller batch, or `{best.label}`", "not better than both beyond doubt: " + _tell(results, best)
-    best = next(row for row in settings if not advised[row.label].startswith("nothing"))
-    return "a smaller batch, or fewer steps", "an exact method of equal time is better: " + _tell(results, best)
+    if (best := fastest.get(Verdict.WORSE)) is not None:
+        return "a smaller batch, or fewer steps", "an exact method of equal time is better: " + _tell(results, best)
+    return "a smaller batch, or fewer steps", "no setting makes a step faster"
 
 
 def _tell(results: TaskResults, row: Row) -> str:
     unit = "in loss" if results.is_text else "points"
-    names = {"time, batch": "the smaller batch", "time, steps": "fewer steps"}
-    against = ", ".join(
-        f"{_against(results, row, rival)} {unit} against {names[rival.match_by]}"
-        for rival in find_rivals(results, row)
-        if rival.match_by in names
-    )
-    return f"{row.label} takes {write_number(time_share(results, row))} of the time; {against}"
+    against = []
+    for rival in find_rivals(results, row):
+        found = compare_rows(results, row, rival)
+        if found is not None and rival.match_by in _RIVALS:
+            difference = f"{write_interval(results, found)} {unit} against {_RIVALS[rival.match_by]}"
+            against.append(f"{difference} ({count_seeds(found)})")
+    costs = f"{write_number(time_share(results, row))} of the time"
+    share = bytes_share(results, row)
+    if share is not None and share > 1 + _SAME_BYTES:
+        costs += f" and holds {share:.2f} of the bytes, more than exact training"
+    return f"{row.label} takes {costs}; {', '.join(against)}"
 
 
 def _sum_up_memory(results: TaskResults) -> tuple[str, str]:
@@ -137,11 +193,14 @@ def _sum_up_memory(results: TaskResults) -> tuple[str, str]:
         if share is None or time is None or found is None or share > _FEW_BYTES:
             continue
         if say_winner(results, found) != "the one beside it":
-            fair.append((time, share, row.label))
+            fair.append((time, share, row.label, f"{write_interval(results, found)} ({count_seeds(found)})"))
     if not fair:
         return "not known", "nothing that holds half the bytes or fewer has been trained without loss"
     fair.sort()
-    figures = "; ".join(f"{label}: {share:.2f} of the bytes in {time:.2f} of the time" for time, share, label in fair)
+    figures = "; ".join(
+        f"{label}: {share:.2f} of the bytes in {time:.2f} of the time, {difference} to exact"
+        for time, share, label, difference in fair
+    )
     return f"`{fair[0][2]}`", f"the fastest that holds half the bytes or fewer with no loss found. {figures}"
 
 

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from benchmarks.experiments.analysis import compare_rows, find_rival, time_share
+from benchmarks.experiments.analysis import compare_rows, find_rival, list_distinct, time_share
 from benchmarks.experiments.results import Row, TaskResults
-from benchmarks.experiments.tables import UNKNOWN, name_row, write_interval, write_number, write_omega, write_table
+from benchmarks.experiments.tables import UNKNOWN, name_all, write_interval, write_number, write_omega, write_table
+
+
+# What may help, and how to tell it.
+_KINDS: tuple[tuple[str, Callable[[Row], bool]], ...] = (
+    ("exact gradients for the first fifth of the steps", lambda row: row.label.endswith("first 20 % exact")),
+    ("exact gradients for the last fifth", lambda row: row.label.endswith("last 20 % exact")),
+    ("a controller of constant target", lambda row: row.family == "controller" and " to " not in row.label),
+    ("a controller whose target falls", lambda row: row.family == "controller" and " to " in row.label),
+    ("a plan", lambda row: row.label.startswith("plan(")),
+    ("a learning rate of its own", lambda row: row.is_tuned and row.family == "speed"),
+)
 
 
 def write_remedies(all_results: Sequence[TaskResults]) -> str:
-    """Return, for each task where a remedy was run, the plain settings and the remedies."""
+    """Return what was tried on which tasks, and for each of these the plain settings and the remedies."""
     rows = []
     for results in all_results:
-        tried = [row for row in results.rows if row.runs and _is_remedy(row)]
-        plain = [row for row in results.rows if row.runs and row.family == "speed" and not _is_remedy(row)]
+        distinct = list_distinct(results.rows)
+        tried = [row for row in distinct if _is_remedy(row)]
+        plain = [row for row in distinct if row.family == "speed" and not _is_remedy(row)]
         for row in [*plain, *tried] if tried else []:
             rival = find_rival(results, row)
             comparison = None if rival is None else compare_rows(results, row, rival)
             rows.append(
                 [
                     results.task,
-                    name_row(row),
+                    name_all(results, row),
                     write_number(time_share(results, row)),
                     write_omega(row),
                     write_interval(results, compare_rows(results, row, results.exact)),
@@ -29,9 +41,21 @@ def write_remedies(all_results: Sequence[TaskResults]) -> str:
                 ]
             )
     heads = "task|setting|time|ω|− exact|− smaller batch of equal time"
-    return write_table(heads.split("|"), rows)
+    return "\n\n".join(part for part in (_say_tried(all_results), write_table(heads.split("|"), rows)) if part)
+
+
+def _say_tried(all_results: Sequence[TaskResults]) -> str:
+    tried, not_tried = [], []
+    for words, is_kind in _KINDS:
+        tasks = [results.task for results in all_results if any(row.runs and is_kind(row) for row in results.rows)]
+        if tasks:
+            tried.append(f"{words} ({', '.join(tasks)})")
+        else:
+            not_tried.append(words)
+    if not tried:
+        return ""
+    return f"Tried: {'; '.join(tried)}." + (f" Not tried yet: {'; '.join(not_tried)}." if not_tried else "")
 
 
 def _is_remedy(row: Row) -> bool:
-    is_ours = row.family in {"speed", "controller"} or row.label.startswith("plan(")
-    return is_ours and (row.exact_share > 0 or row.is_adaptive or row.is_tuned)
+    return any(is_kind(row) for _, is_kind in _KINDS)

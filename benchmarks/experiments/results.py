@@ -67,6 +67,11 @@ class Row:
         return {seed: float(value) for seed, value in values.items() if value is not None}
 
     @property
+    def run_ids(self) -> tuple[str, ...]:
+        """Which runs they are: rows may share them, as two smaller batches of equal size do."""
+        return tuple(record["id"] for record in self.runs.values())
+
+    @property
     def omegas(self) -> list[float]:
         """Added variance at every point where it was measured, all seeds together."""
         points = [point for record in self.runs.values() for point in record["result"]["noise"]]

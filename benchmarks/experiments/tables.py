@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.experiments.analysis import (
     bytes_share,
@@ -10,6 +10,7 @@ from benchmarks.experiments.analysis import (
     compare_rows,
     find_rival,
     find_rivals,
+    list_distinct,
     measure_reach,
     metric_of,
     time_share,
@@ -54,13 +55,11 @@ def _write_methods(results: TaskResults) -> str:
     figure = "test loss" if results.is_text else "test accuracy, %"
     compared = compare_all(results)
     rows = []
-    for row in results.rows:
-        if not row.runs:
-            continue
+    for row in list_distinct(results.rows):
         comparison, p_value = compared.get((row.label, row.is_tuned), (None, None))
         rows.append(
             [
-                name_row(row),
+                name_all(results, row),
                 write_number(row.declaration["learning_rate"], "{:g}"),
                 str(row.declaration["batch_size"]),
                 write_number(time_share(results, row)),
@@ -90,13 +89,13 @@ def _write_costs(results: TaskResults) -> str:
 
 def _write_reach(results: TaskResults) -> str:
     rows = []
-    for row in results.rows:
-        if not row.runs or row is results.exact or row.is_tuned:
+    for row in list_distinct(results.rows):
+        if row is results.exact or row.is_tuned:
             continue
         reach, rival = measure_reach(results, row), find_rival(results, row)
         rows.append(
             [
-                name_row(row),
+                name_all(results, row),
                 write_number(reach.steps_ratio),
                 f"{reach.reached} of {reach.seeds}",
                 write_number(reach.predicted),
@@ -113,14 +112,20 @@ def _write_reach(results: TaskResults) -> str:
 
 
 def _write_rivals(results: TaskResults) -> str:
-    rows = []
+    pairs: dict[tuple[tuple[str, ...], ...], list[tuple[Row, Row]]] = {}
     for row in results.rows:
         for rival in find_rivals(results, row):
-            comparison = compare_rows(results, row, rival)
-            if comparison is not None:
-                cells = [write_interval(results, comparison), write_number(comparison.p_value, "{:.2g}")]
-                rows.append([name_row(row), name_row(rival), *cells, say_winner(results, comparison)])
-    return write_table(["method", "made equal to it", "difference [95 %]", "p", "better"], rows)
+            pairs.setdefault((row.run_ids, rival.run_ids), []).append((row, rival))
+    rows = []
+    for same in pairs.values():
+        row, rival = same[0]
+        comparison = compare_rows(results, row, rival)
+        if comparison is not None:
+            cells = [_join(row for row, _ in same), _join(rival for _, rival in same)]
+            cells += [str(comparison.pairs), write_interval(results, comparison)]
+            cells += [write_number(comparison.p_value, "{:.2g}"), say_winner(results, comparison)]
+            rows.append(cells)
+    return write_table(["method", "made equal to it", "seeds", "difference [95 %]", "p", "better"], rows)
 
 
 def say_winner(results: TaskResults, comparison: Comparison) -> str:
@@ -129,6 +134,18 @@ def say_winner(results: TaskResults, comparison: Comparison) -> str:
         return "no difference found"
     is_first = (comparison.mean > 0) != results.is_text
     return "the method" if is_first else "the one beside it"
+
+
+def say_difference(results: TaskResults, comparison: Comparison) -> str:
+    """Return a difference with its interval, for whom it speaks, and how many seeds say so."""
+    sides = {"the method": "better", "the one beside it": "worse"}
+    winner = say_winner(results, comparison)
+    return f"{write_interval(results, comparison)} ({sides.get(winner, winner)}, {count_seeds(comparison)})"
+
+
+def count_seeds(comparison: Comparison) -> str:
+    """Return the number of pairs in words."""
+    return f"{comparison.pairs} seed" + "s" * (comparison.pairs != 1)
 
 
 def _write_missing(results: TaskResults) -> str:
@@ -162,10 +179,10 @@ def _spread(results: TaskResults, row: Row) -> str:
     values = list(row.collect(metric_of(results)).values())
     if not values:
         return "diverged"
-    mean, deviation = summarise(values)
-    if results.is_text:
-        return f"{mean:.3f} ± {deviation:.3f}"
-    return f"{100 * mean:.2f} ± {100 * deviation:.2f}"
+    scale, form = (1.0, "{:.3f}") if results.is_text else (100.0, "{:.2f}")
+    mean, deviation = summarise([scale * value for value in values])
+    # A single seed has no deviation.
+    return form.format(mean) + (f" ± {form.format(deviation)}" if len(values) > 1 else "")
 
 
 def write_omega(row: Row) -> str:
@@ -177,6 +194,15 @@ def write_omega(row: Row) -> str:
 def name_row(row: Row) -> str:
     """Return what tables call a row."""
     return row.label + (", own rate" if row.is_tuned else "")
+
+
+def name_all(results: TaskResults, row: Row) -> str:
+    """Return the names of all rows that share the runs of a row."""
+    return _join(each for each in results.rows if each is row or (each.runs and each.run_ids == row.run_ids))
+
+
+def _join(rows: Iterable[Row]) -> str:
+    return "<br>= ".join(dict.fromkeys(map(name_row, rows)))
 
 
 def write_number(value: float | None, form: str = "{:.2f}") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,18 +22,36 @@ class Reach:
     """Steps to the target loss.
 
     Attributes:
-        steps_ratio: steps of the method, divided by those of the exact training of the same seed: mean over the seeds.
-        reached: seeds on which the method reached it.
-        seeds: seeds that were compared.
-        predicted: ratio by the bound, at the measured omega and the mini-batch noise of exact training.
+        ratios: steps of the method, divided by those of the exact training of the same seed, where it reached the
+            target.
+        times: the same for the time.
+        seeds: that were compared.
+        limit: the ratio that cannot be measured any more: all steps of the method, divided by those of exact training
+            to the target.
+        predicted: ratio by the bound, at the measured omega and the mini-batch noise of exact training; exact steps
+            add no variance.
         noise_dominated: ratio where noise decides, ``1 + ω``.
     """
 
-    steps_ratio: float | None
-    reached: int
-    seeds: int
+    ratios: dict[int, float]
+    times: dict[int, float]
+    seeds: tuple[int, ...]
+    limit: float
     predicted: float | None
     noise_dominated: float | None
+
+    @property
+    def steps_ratio(self) -> float | None:
+        """Mean over the seeds; None where one did not reach the target: those that did would flatter."""
+        return self._average(self.ratios)
+
+    @property
+    def time_ratio(self) -> float | None:
+        """The same for the time."""
+        return self._average(self.times)
+
+    def _average(self, values: dict[int, float]) -> float | None:
+        return summarise(list(values.values()))[0] if values and len(values) == len(self.seeds) else None
 
 
 def metric_of(results: TaskResults) -> str:
@@ -83,8 +102,15 @@ def time_share(results: TaskResults, row: Row) -> float | None:
     """Return the time of the whole training, divided by that of exact training.
 
     By the measured step times where a step is the usual one, or an exact one on another batch; where it is neither, or
-    what it costs depends on the state of the training, by processor seconds of the runs themselves, paired by seed.
+    what it costs depends on the state of the training, by processor seconds of the runs themselves, paired by seed, and
+    with those that went into a plan.
     """
+    steps = _steps_share(results, row)
+    return None if steps is None else steps + _planning_share(results, row)
+
+
+def _steps_share(results: TaskResults, row: Row) -> float | None:
+    """Return the time of all steps, divided by that of exact training."""
     if row.costs is not None and not row.is_adaptive:
         return row.exact_share + (1 - row.exact_share) * row.costs["ratio"]
     if row.match_by in {"time, batch", "time, steps", "bytes, batch"} and row.runs and results.exact.runs:
@@ -92,16 +118,22 @@ def time_share(results: TaskResults, row: Row) -> float | None:
         step = 1.0 if is_usual else find_time(row.declaration["batch_size"], row.ladder)
         if step is not None:
             return step * row.declaration["steps"] / results.exact.declaration["steps"]
-    ours, exact = row.collect("training_cpu_seconds"), results.exact.collect("training_cpu_seconds")
-    seeds = set(ours) & set(exact)
-    return summarise([ours[seed] / exact[seed] for seed in sorted(seeds)])[0] if seeds else None
+    return _share(row, "training_cpu_seconds", results.exact, "training_cpu_seconds")
+
+
+def _planning_share(results: TaskResults, row: Row) -> float:
+    return _share(row, "planning_seconds", results.exact, "training_cpu_seconds") or 0.0
 
 
 def bytes_share(results: TaskResults, row: Row) -> float | None:
     """Return bytes held for backward, divided by those of exact training on the usual batch."""
-    ours, exact = row.collect("held_bytes"), results.exact.collect("held_bytes")
-    seeds = set(ours) & set(exact)
-    return summarise([ours[seed] / exact[seed] for seed in sorted(seeds)])[0] if seeds else None
+    return _share(row, "held_bytes", results.exact, "held_bytes")
+
+
+def _share(row: Row, figure: str, other: Row, other_figure: str) -> float | None:
+    ours, others = row.collect(figure), other.collect(other_figure)
+    seeds = set(ours) & set(others)
+    return summarise([ours[seed] / others[seed] for seed in sorted(seeds)])[0] if seeds else None
 
 
 def find_rivals(results: TaskResults, row: Row) -> list[Row]:
@@ -117,23 +149,34 @@ def find_rivals(results: TaskResults, row: Row) -> list[Row]:
 
 
 def measure_reach(results: TaskResults, row: Row) -> Reach:
-    """Return how many more steps a method needed to the target, and how many were predicted."""
-    ratios: list[float] = []
-    seeds = sorted(set(row.runs) & set(results.exact.runs))
+    """Return how many more steps, and how much more time, a method needed to the target, and what was predicted."""
+    ratios: dict[int, float] = {}
+    times: dict[int, float] = {}
+    limits: list[float] = []
+    exact_steps = results.exact.declaration.get("steps", 0)
+    steps, planning = _steps_share(results, row), _planning_share(results, row)
+    seeds = tuple(sorted(set(row.runs) & set(results.exact.runs)))
     for seed in seeds:
         curve = results.exact.runs[seed]["result"]["curve"]
         target = _interpolate(curve, TARGET_SHARE * curve[-1]["step"])
         exact = steps_to(curve, target)
         ours = steps_to(row.runs[seed]["result"]["curve"], target)
-        if exact is not None and ours is not None:
-            ratios.append(ours / exact)
+        if exact is None:
+            continue
+        limits.append(row.declaration["steps"] / exact)
+        if ours is not None:
+            ratios[seed] = ours / exact
+            if steps is not None:
+                # A plan is made once, however soon the target is reached.
+                whole = steps * ours / row.declaration["steps"] + planning
+                times[seed] = whole * exact_steps / exact
     omegas = row.omegas
-    omega = summarise(omegas)[0] if omegas else None
+    omega = summarise(omegas)[0] * (1 - row.exact_share) if omegas else None
     return Reach(
-        # Only where all have reached it: the mean over those that did would flatter.
-        steps_ratio=summarise(ratios)[0] if ratios and len(ratios) == len(seeds) else None,
-        reached=len(ratios),
-        seeds=len(seeds),
+        ratios=ratios,
+        times=times,
+        seeds=seeds,
+        limit=min(limits, default=math.inf),
         predicted=None if omega is None else _predict(results.exact, omega),
         noise_dominated=None if omega is None else 1 + omega,
     )
@@ -177,14 +220,6 @@ def _predict(exact: Row, omega: float) -> float | None:
         return None
     ratio = summarise(variances)[0] / summarise(signals)[0]
     return tradeoff(1.0, omega, noise_to_target=ratio).steps_ratio
-
-
-def time_to_target(results: TaskResults, row: Row) -> float | None:
-    """Return the time to the target loss, divided by that of exact training; None where not every seed reached it."""
-    steps, time = measure_reach(results, row).steps_ratio, time_share(results, row)
-    if steps is None or time is None:
-        return None
-    return steps * time / (row.declaration["steps"] / results.exact.declaration["steps"])
 
 
 def find_rival(results: TaskResults, row: Row, by: str = "time, batch") -> Row | None:

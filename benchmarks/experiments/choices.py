@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 
-from benchmarks.experiments.analysis import bytes_share, compare_rows, find_rivals, list_distinct, time_share
+from benchmarks.experiments.analysis import (
+    bytes_share,
+    compare_rows,
+    find_rival,
+    find_rivals,
+    list_distinct,
+    time_share,
+)
 from benchmarks.experiments.results import KINDS, Row, TaskResults
+from benchmarks.experiments.statistics import Comparison, correct_for_many
 from benchmarks.experiments.tables import (
-    UNKNOWN,
     count_seeds,
     name_all,
     say_winner,
+    write_counted,
     write_interval,
     write_number,
     write_table,
@@ -21,6 +30,7 @@ from benchmarks.experiments.tables import (
 _SAME_TIME = 0.05
 # Nor in bytes.
 _SAME_BYTES = 0.05
+_SIGNIFICANT = 0.05
 # Who is short of memory wants to halve it at least.
 _FEW_BYTES = 0.5
 _MEMORY_FAMILIES = ("memory", "both", "checkpoints", "parts", "compiled")
@@ -56,20 +66,30 @@ def write_time_choice(all_results: Sequence[TaskResults]) -> str:
 def list_faster(results: TaskResults) -> list[Row]:
     """Return the rows of settings that are to save time and that have a smaller batch of equal time beside them.
 
-    Of those that share their runs, and the runs of what is beside them, the first.
+    Of those that share their runs, and the runs of the smaller batch, the first.
     """
-    distinct: dict[tuple[tuple[str, ...], ...], Row] = {}
+    distinct: dict[tuple[tuple[str, ...], tuple[str, ...]], Row] = {}
     for row in results.rows:
-        rivals = find_rivals(results, row)
-        if row.family == "speed" and row.runs and any(rival.match_by == "time, batch" for rival in rivals):
-            distinct.setdefault((row.run_ids, *(rival.run_ids for rival in rivals)), row)
+        batch = find_rival(results, row)
+        if row.family == "speed" and row.runs and batch is not None:
+            # The pass with rates of their own has fewer exact methods beside it; where it chose alike, it adds nothing.
+            distinct.setdefault((row.run_ids, batch.run_ids), row)
     return list(distinct.values())
 
 
-def judge_setting(results: TaskResults, row: Row) -> Verdict:
-    """Return what a setting is worth; better than both it is only where both were run."""
+def saves_time(results: TaskResults, row: Row) -> bool:
+    """Tell whether a training takes less time than an exact one, by more than nobody would notice."""
     time = time_share(results, row)
-    if time is not None and time > 1 - _SAME_TIME:
+    return time is not None and time <= 1 - _SAME_TIME
+
+
+def judge_setting(results: TaskResults, row: Row) -> Verdict:
+    """Return what a setting is worth; better than both it is only where both were run.
+
+    What is chosen among all settings of a task has to stand among them all: by Holm's p-values over every comparison
+    of a setting that saves time with an exact method of equal time.
+    """
+    if not saves_time(results, row):
         return Verdict.NOTHING
     winners = _find_winners(results, row).values()
     if "the one beside it" in winners:
@@ -93,8 +113,30 @@ def _advise_time(results: TaskResults, row: Row) -> str:
 
 
 def _find_winners(results: TaskResults, row: Row) -> dict[str, str]:
-    comparisons = [(rival, compare_rows(results, row, rival)) for rival in find_rivals(results, row)]
-    return {rival.label: say_winner(results, found) for rival, found in comparisons if found is not None}
+    """Return which of the two is better, for every exact method of equal time."""
+    adjusted = correct_for_many({key: found.p_value for key, found in _compare_all(results).items()})
+    winners = {}
+    for rival in find_rivals(results, row):
+        found = compare_rows(results, row, rival)
+        if found is not None and rival.match_by in _RIVALS:
+            is_known = adjusted.get(_name_pair(row, rival), math.nan) < _SIGNIFICANT
+            winners[rival.label] = say_winner(results, found) if is_known else "no difference found"
+    return winners
+
+
+def _compare_all(results: TaskResults) -> dict[str, Comparison]:
+    """Return all comparisons that a choice is made by; those of the same runs count once."""
+    compared = {}
+    for row in list_faster(results):
+        for rival in find_rivals(results, row) if saves_time(results, row) else []:
+            found = compare_rows(results, row, rival)
+            if found is not None and rival.match_by in _RIVALS:
+                compared[_name_pair(row, rival)] = found
+    return compared
+
+
+def _name_pair(row: Row, rival: Row) -> str:
+    return " ".join((*row.run_ids, "against", *rival.run_ids))
 
 
 def _list_not_run(results: TaskResults, row: Row) -> list[str]:
@@ -137,22 +179,26 @@ def _list_smaller(results: TaskResults) -> list[Row]:
 def write_situations(all_results: Sequence[TaskResults]) -> str:
     """Return one line of advice for each kind of network and each shortage, with the figures that it rests on."""
     rows, shown = [], []
+    trained = [results for results in all_results if results.exact.runs]
     for kind in KINDS:
-        tasks = [results for results in all_results if results.kind == kind and results.exact.runs]
+        tasks = [results for results in trained if results.kind == kind]
         # Small networks on small pictures say little where larger ones were trained.
         tasks = [results for results in tasks if not results.is_quick] or tasks
         for results in tasks:
             rows.append([f"time is short, {results.task}", *_sum_up_time(results)])
             rows.append([f"memory is short, {results.task}", *_sum_up_memory(results)])
         shown += tasks
-    absent = _name_absent(all_results, shown, "nothing, or a larger network of the kind, has been trained")
-    return _join(write_table(["your situation is like", "what to use", "because"], rows), absent)
+    return _join(
+        write_table(["your situation is like", "what to use", "because"], rows),
+        _name_absent(all_results, trained, "no training has been recorded"),
+        _name_absent(trained, shown, "a larger network of the same kind is"),
+    )
 
 
 def _sum_up_time(results: TaskResults) -> tuple[str, str]:
     settings = [(judge_setting(results, row), row) for row in list_faster(results) if not row.is_tuned]
     settings.sort(key=lambda each: time_share(results, each[1]) or 1.0)
-    fastest = {verdict: row for verdict, row in reversed(settings)}
+    fastest = dict(reversed(settings))
     if not settings:
         return "not known", "no setting has been trained beside its smaller batch"
     if (best := fastest.get(Verdict.BETTER)) is not None:
@@ -190,7 +236,8 @@ def _sum_up_memory(results: TaskResults) -> tuple[str, str]:
             time_share(results, row),
             compare_rows(results, row, results.exact),
         )
-        if share is None or time is None or found is None or share > _FEW_BYTES:
+        # A single seed would show no loss whatever it is.
+        if share is None or time is None or found is None or found.pairs < 2 or share > _FEW_BYTES:
             continue
         if say_winner(results, found) != "the one beside it":
             fair.append((time, share, row.label, f"{write_interval(results, found)} ({count_seeds(found)})"))
@@ -205,4 +252,4 @@ def _sum_up_memory(results: TaskResults) -> tuple[str, str]:
 
 
 def _against(results: TaskResults, row: Row, other: Row | None) -> str:
-    return UNKNOWN if other is None else write_interval(results, compare_rows(results, row, other))
+    return write_counted(results, None if other is None else compare_rows(results, row, other))

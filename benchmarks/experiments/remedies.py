@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.experiments.analysis import compare_rows, find_rival, list_distinct, time_share
 from benchmarks.experiments.results import Row, TaskResults
-from benchmarks.experiments.tables import UNKNOWN, name_all, write_interval, write_number, write_omega, write_table
-
+from benchmarks.experiments.tables import name_all, write_counted, write_number, write_omega, write_table
 
 # What may help, and how to tell it.
 _KINDS: tuple[tuple[str, Callable[[Row], bool]], ...] = (
@@ -24,20 +23,19 @@ def write_remedies(all_results: Sequence[TaskResults]) -> str:
     """Return what was tried on which tasks, and for each of these the plain settings and the remedies."""
     rows = []
     for results in all_results:
-        distinct = list_distinct(results.rows)
-        tried = [row for row in distinct if _is_remedy(row)]
-        plain = [row for row in distinct if row.family == "speed" and not _is_remedy(row)]
-        for row in [*plain, *tried] if tried else []:
+        tried = _list_tried(results)
+        plain = [row for row in results.rows if row.family == "speed" and not _is_remedy(row)]
+        # A remedy that turned out to be the plain setting, such as the same rate chosen again, shares its line.
+        for row in list_distinct([*plain, *tried]) if tried else []:
             rival = find_rival(results, row)
-            comparison = None if rival is None else compare_rows(results, row, rival)
             rows.append(
                 [
                     results.task,
                     name_all(results, row),
                     write_number(time_share(results, row)),
                     write_omega(row),
-                    write_interval(results, compare_rows(results, row, results.exact)),
-                    UNKNOWN if comparison is None else write_interval(results, comparison),
+                    write_counted(results, compare_rows(results, row, results.exact)),
+                    write_counted(results, None if rival is None else compare_rows(results, row, rival)),
                 ]
             )
     heads = "task|setting|time|ω|− exact|− smaller batch of equal time"
@@ -47,7 +45,7 @@ def write_remedies(all_results: Sequence[TaskResults]) -> str:
 def _say_tried(all_results: Sequence[TaskResults]) -> str:
     tried, not_tried = [], []
     for words, is_kind in _KINDS:
-        tasks = [results.task for results in all_results if any(row.runs and is_kind(row) for row in results.rows)]
+        tasks = [results.task for results in all_results if any(map(is_kind, _list_tried(results)))]
         if tasks:
             tried.append(f"{words} ({', '.join(tasks)})")
         else:
@@ -57,5 +55,10 @@ def _say_tried(all_results: Sequence[TaskResults]) -> str:
     return f"Tried: {'; '.join(tried)}." + (f" Not tried yet: {'; '.join(not_tried)}." if not_tried else "")
 
 
+def _list_tried(results: TaskResults) -> list[Row]:
+    return [row for row in results.rows if row.runs and _is_remedy(row)]
+
+
 def _is_remedy(row: Row) -> bool:
-    return any(is_kind(row) for _, is_kind in _KINDS)
+    # The names of what is made equal to a remedy end as its own does.
+    return not row.match_label and any(is_kind(row) for _, is_kind in _KINDS)

@@ -14,7 +14,6 @@ from benchmarks.experiments.analysis import (
     measure_reach,
     metric_of,
     time_share,
-    time_to_target,
 )
 from benchmarks.experiments.results import Row, TaskResults
 from benchmarks.experiments.statistics import Comparison, summarise
@@ -62,6 +61,7 @@ def _write_methods(results: TaskResults) -> str:
                 name_all(results, row),
                 write_number(row.declaration["learning_rate"], "{:g}"),
                 str(row.declaration["batch_size"]),
+                str(len(row.runs)),
                 write_number(time_share(results, row)),
                 write_number((row.costs or {}).get("backward_ratio")),
                 write_number(bytes_share(results, row)),
@@ -71,7 +71,7 @@ def _write_methods(results: TaskResults) -> str:
                 write_number(p_value, "{:.2g}"),
             ]
         )
-    heads = "method|rate|batch|time|backward|bytes held|ω|" + figure + "|− exact [95 %]|p (Holm)"
+    heads = "method|rate|batch|seeds|time|backward|bytes held|ω|" + figure + "|− exact [95 %]|p (Holm)"
     return write_table(heads.split("|"), rows)
 
 
@@ -97,11 +97,11 @@ def _write_reach(results: TaskResults) -> str:
             [
                 name_all(results, row),
                 write_number(reach.steps_ratio),
-                f"{reach.reached} of {reach.seeds}",
+                f"{len(reach.ratios)} of {len(reach.seeds)}",
                 write_number(reach.predicted),
                 write_number(reach.noise_dominated),
-                write_number(time_to_target(results, row)),
-                write_number(None if rival is None else time_to_target(results, rival)),
+                write_number(reach.time_ratio),
+                write_number(None if rival is None else measure_reach(results, rival).time_ratio),
             ]
         )
     heads = (
@@ -121,11 +121,13 @@ def _write_rivals(results: TaskResults) -> str:
         row, rival = same[0]
         comparison = compare_rows(results, row, rival)
         if comparison is not None:
-            cells = [_join(row for row, _ in same), _join(rival for _, rival in same)]
+            cells = [_join(row for row, _ in same), write_number(time_share(results, row))]
+            cells += [_join(rival for _, rival in same), write_number(time_share(results, rival))]
             cells += [str(comparison.pairs), write_interval(results, comparison)]
             cells += [write_number(comparison.p_value, "{:.2g}"), say_winner(results, comparison)]
             rows.append(cells)
-    return write_table(["method", "made equal to it", "seeds", "difference [95 %]", "p", "better"], rows)
+    heads = "method|time|made equal to it|its time|seeds|difference [95 %]|p|better"
+    return write_table(heads.split("|"), rows)
 
 
 def say_winner(results: TaskResults, comparison: Comparison) -> str:
@@ -173,6 +175,11 @@ def write_interval(results: TaskResults, comparison: Comparison | None) -> str:
     if comparison.pairs < 2:
         return write(comparison.mean)
     return f"{write(comparison.mean)} [{write(comparison.low)}, {write(comparison.high)}]"
+
+
+def write_counted(results: TaskResults, comparison: Comparison | None) -> str:
+    """Return a difference with its interval and how many seeds say so."""
+    return UNKNOWN if comparison is None else f"{write_interval(results, comparison)}, {count_seeds(comparison)}"
 
 
 def _spread(results: TaskResults, row: Row) -> str:

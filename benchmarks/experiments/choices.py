@@ -86,8 +86,8 @@ def saves_time(results: TaskResults, row: Row) -> bool:
 def judge_setting(results: TaskResults, row: Row) -> Verdict:
     """Return what a setting is worth; better than both it is only where both were run.
 
-    What is chosen among all settings of a task has to stand among them all: by Holm's p-values over every comparison
-    of a setting that saves time with an exact method of equal time.
+    What is recommended among all settings of a task has to stand among them all: it is better by Holm's p-values over
+    every comparison of a setting that saves time with an exact method of equal time. Worse it is by the interval alone.
     """
     if not saves_time(results, row):
         return Verdict.NOTHING
@@ -119,8 +119,8 @@ def _find_winners(results: TaskResults, row: Row) -> dict[str, str]:
     for rival in find_rivals(results, row):
         found = compare_rows(results, row, rival)
         if found is not None and rival.match_by in _RIVALS:
-            is_known = adjusted.get(_name_pair(row, rival), math.nan) < _SIGNIFICANT
-            winners[rival.label] = say_winner(results, found) if is_known else "no difference found"
+            winner, stands = say_winner(results, found), adjusted.get(_name_pair(row, rival), math.nan) < _SIGNIFICANT
+            winners[rival.label] = winner if stands or winner != "the method" else "no difference found"
     return winners
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,8 +55,13 @@ def compare_paired(first: Mapping[int, float], second: Mapping[int, float], leve
     if count < 2:
         return Comparison(mean, -math.inf, math.inf, math.nan, count)
     error = deviation / math.sqrt(count)
-    reach = student_band(1 - level, count - 1) * error
+    reach = _student_band(1 - level, count - 1) * error
     return Comparison(mean, mean - reach, mean + reach, _two_sided_p(mean, error, count - 1), count)
+
+
+@functools.cache
+def _student_band(outside: float, degrees: int) -> float:
+    return student_band(outside, degrees)
 
 
 def summarise(values: Sequence[float]) -> tuple[float, float]:

@@ -116,7 +116,7 @@ def _say(findings: Sequence[tuple[str, Finding]], target: Target) -> str:
     is_for_all = target.needed == len(target.kinds)
     reached = sum(all(states) if is_for_all else any(states) for states in judged)
     seeds = min(finding.seeds for _, finding in findings)
-    few = f", with {seeds} seeds" if seeds < _SEEDS else ""
+    few = f", with {seeds} seed{'s' * (seeds != 1)}" if seeds < _SEEDS else ""
     if reached >= target.needed:
         return f"reached{few}"
     # What is not run yet may still be enough, or may not.

@@ -193,14 +193,21 @@ def write_results(trials: Trials, records: Finds, command: str, directory: Path)
 
 
 def _list_left_out(trials: Trials, task: Task, records: Iterable[Record], used: Container[str]) -> list[str]:
-    """Return in words the trainings by known methods that are in no row: their sizes are not wanted any more."""
+    """Return in words the trainings that are in no row: neither their size nor, maybe, their method is wanted now."""
     known = {method.words: method.label for method in reversed(trials.methods)}
     left: dict[str, list[int]] = {}
+    # Such as a recipe that has changed since, or a method that only the full mode has.
+    others = 0
     for run in list_trainings(task, records):
-        if run["method"] in known and identify(run) not in used:
-            size = f"{run['steps']} steps on batches of {run['batch_size']}, rate {run['learning_rate']:g}"
-            left.setdefault(f"{known[run['method']]}, {size}", []).append(run["seed"])
-    return [f"{words}, seeds {', '.join(map(str, sorted(seeds)))}" for words, seeds in sorted(left.items())]
+        if identify(run) in used:
+            continue
+        if run["method"] not in known:
+            others += 1
+            continue
+        size = f"{run['steps']} steps on batches of {run['batch_size']}, rate {run['learning_rate']:g}"
+        left.setdefault(f"{known[run['method']]}, {size}", []).append(run["seed"])
+    words = [f"{words}, seeds {', '.join(map(str, sorted(seeds)))}" for words, seeds in sorted(left.items())]
+    return [*words, *([f"trainings by methods that are not compared any more: {others}"] if others else [])]
 
 
 def _round(value: Any) -> Any:

@@ -153,7 +153,7 @@ def count_seeds(comparison: Comparison) -> str:
 def _write_missing(results: TaskResults) -> str:
     parts = []
     if results.left_out:
-        parts.append(f"Recorded, and of a size that no row has any more: {'; '.join(results.left_out)}.")
+        parts.append(f"Recorded, and in no row any more: {'; '.join(results.left_out)}.")
     own = [row for row in results.rows if not row.is_tuned]
     unavailable = [f"{row.label} ({row.unavailable})" for row in own if row.unavailable]
     missing = sum(not row.runs and not row.unavailable for row in own)

@@ -118,6 +118,17 @@ def test_trainings_that_no_row_has_are_named(tmp_path):
     assert left == "exact, 13 steps on batches of 60, rate 0.001, seeds 0"
 
 
+def test_trainings_by_methods_that_changed_are_counted(tmp_path):
+    trials, store = make_trials(), Store(tmp_path)
+    record_costs(trials, store, 0, 0.6)
+    record_trainings(trials, store)
+    method = next(each for each in trials.methods if each.label == LABEL)
+    others = [each for each in trials.methods if each.match is None or each.match.label != LABEL]
+    fewer = replace(trials, methods=tuple(each for each in others if each.words != method.words))
+    left = read_rows(fewer, store, tmp_path / "rows").left_out
+    assert left[-1] == "trainings by methods that are not compared any more: 1"
+
+
 def test_costs_of_another_batch_are_not_those_of_the_row(tmp_path):
     trials, store = make_trials(), Store(tmp_path)
     larger = replace(trials, tasks=(replace(trials.tasks[0], batch_size=400),))

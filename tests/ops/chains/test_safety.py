@@ -48,6 +48,8 @@ ACTIVATIONS = {
     "module": nn.GELU(),
     "in place": functional.relu_,
     "module in place": nn.ReLU(inplace=True),
+    "module whose output is held": nn.ReLU(),
+    "smooth module whose output is held": nn.Tanh(),
 }
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
 NAMES = ("norm", "expand", "activation", "contract")

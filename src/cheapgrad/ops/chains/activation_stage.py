@@ -37,11 +37,6 @@ class ActivationStage(AbstractStage):
     keeps_output: bool = False
 
     @classmethod
-    def of_output(cls, activation: Activation) -> ActivationStage:
-        """Return the stage that starts a chain and holds what autograd holds: the output, where that is enough."""
-        return cls(activation, keeps_output=activation.reads_output or activation.name == "relu")
-
-    @classmethod
     def for_plan(cls, plan: Plan, features: int, numbers: tuple[float, ...], *options: Any) -> ActivationStage:
         """Return the stage that keeps what a plan says."""
         return cls(Activation.from_options(numbers, *options), plan.stored)
@@ -53,6 +48,11 @@ class ActivationStage(AbstractStage):
     def numbers(self) -> tuple[float, ...]:
         """Return the numbers that `for_plan` is told."""
         return self.activation.numbers()
+
+    def holding_output(self) -> ActivationStage:
+        """Return the stage that holds the output, if the slope is a function of it and no codes are asked for."""
+        is_enough = self.stored is None and (self.activation.reads_output or self.activation.name == "relu")
+        return dataclasses.replace(self, keeps_output=is_enough)
 
     def alone(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> Tensor:
         """Return the output, holding the slope in bits."""
@@ -68,7 +68,7 @@ class ActivationStage(AbstractStage):
         return self.activation.forward(x)
 
     def record(self, x: Tensor, parameters: tuple[Tensor | None, ...], is_rebuilt: bool) -> tuple[Tensor, ...]:
-        """Return the input, unless the stage before rebuilds it; or the codes of the slope."""
+        """Return the input, unless the stage before rebuilds it, or the output; or the codes of the slope."""
         if self.stored is None:
             return () if is_rebuilt else (x,)
         y = x if self.keeps_output or not self.activation.reads_output else self.activation.forward(x)

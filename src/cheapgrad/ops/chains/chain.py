@@ -161,7 +161,8 @@ class _ChainFunction(torch.autograd.Function):
         ctx.layout = layout
         ctx.input_shapes = x.shape, root.shape
         ctx.input_dtypes = x.dtype, root.dtype
-        ctx.save_for_backward(*tensors)
+        # The record of a last stage that holds its output is not among the inputs.
+        ctx.save_for_backward(*tensors, *((output,) if layout.stages[-1].keeps_output else ()))
         if not torch.compiler.is_dynamo_compiling():
             ctx.set_materialize_grads(False)
 
@@ -184,7 +185,7 @@ class _ChainFunction(torch.autograd.Function):
         causes = [tensor for tensor in saved if tensor is not None]
         outputs = [differentiate_once(value, "row-wise chain", grad, *causes) for value in (grad_input, *gradients)]
         of_inputs = (outputs[0], None) if first else (None, outputs[0])
-        return (*of_inputs, None, *outputs[1:], *([None] * sum(layout.record_counts)))
+        return (*of_inputs, None, *outputs[1:], *([None] * (len(needs) - 3 - sum(layout.parameter_counts))))
 
 
 def _release(ctx: Any) -> None:
@@ -401,26 +402,23 @@ def run_stage(
     passed = (*chain.passed, Watch(x)) if chain is not None else ()
     is_linked = chain is not None and chain.is_linked and all(link.encoded is None for link in chain.links)
     value = x.detach()
+    is_given = bool(links) and _rebuilds_for(links[-1], stage)
+    stage = stage if is_given else stage.holding_output()
     with torch.no_grad():
-        record = stage.record(value, parameters, bool(links) and _rebuilds_for(links[-1], stage))
+        record = () if stage.keeps_output else stage.record(value, parameters, is_given)
     link = Link(stage, parameters, record, tag=tag)
     # A product may be asked for again, and stores what it takes for that; nothing else does.
     stored = (*(links if stage.multiplies else _settled(links)), link)
     links = (*(_settled(links) if record and stage.stored is not None else links), link)
-    layout = _Layout(
-        stages=tuple(link.stage for link in stored),
-        parameter_counts=tuple(len(link.parameters) for link in stored),
-        record_counts=tuple(len(link.record) for link in stored),
-        cotangent=cotangent,
-        examples=x.shape[0] if x.dim() > 1 else 1,
-        passed=passed,
-    )
+    layout = _lay_out(stored, cotangent, x, passed)
     tensors = [tensor for link in stored for tensor in link.parameters]
     tensors += [tensor for link in stored for tensor in link.record]
     function = _ChainFunction if torch.compiler.is_dynamo_compiling() else _EagerChainFunction
     with tagging(tag):
         output = function.apply(x if is_linked else value, root, layout, *tensors)
     if not torch.compiler.is_dynamo_compiling():
+        if stage.keeps_output:
+            links = (*links[:-1], dataclasses.replace(link, record=(output.detach(),)))
         origin = chain.origin if chain is not None else weakref.ref(x)
         scope = current_scope()
         is_rebuilt = scope is not None or (stage.use is not None and may_tag())
@@ -429,6 +427,20 @@ def run_stage(
         if scope is not None and holder is not None and any(link.encoded is not None for link in kept):
             scope.call_at_end(holder.settle)
     return output
+
+
+def _lay_out(
+    links: tuple[Link, ...], cotangent: AbstractStrategy | None, x: Tensor, passed: tuple[Watch, ...]
+) -> _Layout:
+    *counts, last = (len(link.record) for link in links)
+    return _Layout(
+        stages=tuple(link.stage for link in links),
+        parameter_counts=tuple(len(link.parameters) for link in links),
+        record_counts=(*counts, 1 if links[-1].stage.keeps_output else last),
+        cotangent=cotangent,
+        examples=x.shape[0] if x.dim() > 1 else 1,
+        passed=passed,
+    )
 
 
 def _rebuilds_for(before: Link, stage: AbstractStage) -> bool:

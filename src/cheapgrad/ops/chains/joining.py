@@ -137,8 +137,7 @@ def stage_in_chain(x: Tensor, stage: AbstractStage, parameters: tuple[Tensor | N
         return run_stage(x, stage, parameters, None, chain)
     output = stage.alone(x, parameters)
     if stage.stored is None:
-        start = ActivationStage.of_output(stage.activation) if isinstance(stage, ActivationStage) else stage
-        attach_chain(output, x, start, parameters, None)
+        attach_chain(output, x, stage.holding_output(), parameters, None)
     return output
 
 

@@ -110,6 +110,13 @@ class AbstractStage(abc.ABC):
         """Return the options that are numbers."""
         raise RuntimeError("this stage is no layer of its own")
 
+    def holding_output(self) -> AbstractStage:
+        """Return the stage with a record made from its output, where autograd too holds that; else the stage itself.
+
+        What follows outside of the chain holds its input, which is this output: the two are then one tensor.
+        """
+        return self
+
     def alone(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> Tensor:
         """Return the output with the backward pass that the stage has where nothing joins it, PyTorch's by default."""
         return self.forward(x, parameters)

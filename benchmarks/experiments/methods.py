@@ -35,6 +35,7 @@ CONTROLLED_NOISE = 0.05
 SCHEDULED_NOISE = (0.4, 0.02)
 # Where exact gradients might matter most: while the weights settle, or while they find their way.
 REMEDIES = {"last 20 % exact": (0.8, 1.0), "first 20 % exact": (0.0, 0.2)}
+SMALL_TOO = "recipes.memory(4), small layers too"
 # Where the refreshed basis of rank-constrained sketches is found anew.
 _REFRESH_STEPS = 10
 
@@ -65,6 +66,7 @@ class Method:
         controlled_noise: target of `cheapgrad.Controller`, at the first step and at the last.
         exact_between: shares of the training between which gradients are exact.
         checkpoints: whether every block is checkpointed.
+        converts_small: whether layers are converted that `cheapgrad.approximate` leaves alone by default.
         memory_budget: share for the compiler's activation memory budget; None does not compile.
         match: what an exact method is made equal to, if anything.
         published: the published method that it corresponds to, and how it differs.
@@ -82,6 +84,7 @@ class Method:
     controlled_noise: tuple[float, float] | None = None
     exact_between: tuple[float, float] | None = None
     checkpoints: bool = False
+    converts_small: bool = False
     memory_budget: float | None = None
     match: Match | None = None
     published: str = ""
@@ -104,7 +107,7 @@ class Method:
             first, last = self.controlled_noise
             return f"{' '.join(map(repr, self.rules))} controlled {first:g}" + f" to {last:g}" * (first != last)
         if self.rules:
-            return " ".join(map(repr, self.rules))
+            return " ".join(map(repr, self.rules)) + " on small layers too" * self.converts_small
         if self.make_rules is not None:
             return self.label
         if self.planned_flops is not None:
@@ -171,6 +174,8 @@ def _recipes() -> list[Method]:
     memory = [
         Method("recipes.memory(4)", "memory", recipes.memory(4), is_quick=True),
         Method("recipes.memory(2)", "memory", recipes.memory(2)),
+        # A head of ten classes is small, and holds as much of its input as any layer does.
+        Method(SMALL_TOO, "memory, small layers too", recipes.memory(4), converts_small=True),
     ]
     both = [Method(f"recipes.both(4, {keep})", "both", recipes.both(4, keep), budget=keep) for keep in KEEPS]
     return [*speed, *memory, *both]

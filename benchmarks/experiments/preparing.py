@@ -118,7 +118,7 @@ def prepare(task: Task, method: Method, model: nn.Module, batches: Sequence[Batc
         prepared.remark = f"planned noise {found.predicted.noise_fraction:.3g}"
     elif method.is_converted:
         rules = method.rules if method.make_rules is None else method.make_rules(model)
-        prepared.handle = cheapgrad.approximate(model, rules, skip_small=task.skip_small)
+        prepared.handle = cheapgrad.approximate(model, rules, skip_small=task.skip_small and not method.converts_small)
     if method.controlled_noise is not None and prepared.handle is not None:
         schedule = NoiseSchedule(*method.controlled_noise, steps=max(1, task.steps))
         prepared.controller = cheapgrad.Controller(prepared.handle, noise=schedule)

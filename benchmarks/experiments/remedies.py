@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.experiments.analysis import compare_rows, find_rival, list_distinct, time_share
+from benchmarks.experiments.analysis import bytes_share, compare_rows, find_rival, list_distinct, time_share
+from benchmarks.experiments.methods import SMALL_TOO
 from benchmarks.experiments.results import Row, TaskResults
 from benchmarks.experiments.tables import name_all, write_counted, write_number, write_omega, write_table
 
@@ -15,6 +16,7 @@ _KINDS: tuple[tuple[str, Callable[[Row], bool]], ...] = (
     ("a controller of constant target", lambda row: row.family == "controller" and " to " not in row.label),
     ("a controller whose target falls", lambda row: row.family == "controller" and " to " in row.label),
     ("a plan", lambda row: row.label.startswith("plan(")),
+    ("codes in small layers too", lambda row: row.label == SMALL_TOO),
     ("a learning rate of its own", lambda row: row.is_tuned and row.family == "speed"),
 )
 
@@ -24,7 +26,7 @@ def write_remedies(all_results: Sequence[TaskResults]) -> str:
     rows = []
     for results in all_results:
         tried = _list_tried(results)
-        plain = [row for row in results.rows if row.family == "speed" and not _is_remedy(row)]
+        plain = [row for row in results.rows if row.family in {"speed", "memory"} and not _is_remedy(row)]
         # A remedy that turned out to be the plain setting, such as the same rate chosen again, shares its line.
         for row in list_distinct([*plain, *tried]) if tried else []:
             rival = find_rival(results, row)
@@ -33,12 +35,13 @@ def write_remedies(all_results: Sequence[TaskResults]) -> str:
                     results.task,
                     name_all(results, row),
                     write_number(time_share(results, row)),
+                    write_number(bytes_share(results, row)),
                     write_omega(row),
                     write_counted(results, compare_rows(results, row, results.exact)),
                     write_counted(results, None if rival is None else compare_rows(results, row, rival)),
                 ]
             )
-    heads = "task|setting|time|ω|− exact|− smaller batch of equal time"
+    heads = "task|setting|time|bytes held|ω|− exact|− smaller batch of equal time"
     return "\n\n".join(part for part in (_say_tried(all_results), write_table(heads.split("|"), rows)) if part)
 
 

@@ -130,7 +130,7 @@ def test_remedies_stand_beside_what_they_mend():
     assert write_remedies([task]) == ""
     remedy = make_setting(f"{SPEED}, last 20 % exact", time=0.5, omega=0.02, exact_share=0.2)
     page = write_remedies([add(task, *remedy)])
-    tried, _, _, _, plain, mended = page.splitlines()
+    tried, _, _, _, plain, _, mended = page.splitlines()
     assert tried.startswith("Tried: exact gradients for the last fifth (ViT on data). Not tried yet: exact gradients")
     assert plain.split(" | ")[1:3] == [SPEED, "0.60"]
     # A fifth of the steps in full, the others in half the time.

@@ -19,7 +19,7 @@ from benchmarks.experiments.costs import measure_costs
 from benchmarks.experiments.datasets import DataError, load, load_digit_pixels
 from benchmarks.experiments.declaration import TrainingRun
 from benchmarks.experiments.matching import Size, find_batch_size, find_time, match
-from benchmarks.experiments.methods import EXACT, list_methods
+from benchmarks.experiments.methods import EXACT, SMALL_TOO, list_methods
 from benchmarks.experiments.noise import measure_noise
 from benchmarks.experiments.preparing import prepare
 from benchmarks.experiments.tasks import make_bagnet_task, make_language_task, make_perceptron_task
@@ -280,6 +280,19 @@ def test_steps_of_adaptive_methods_are_not_timed_apart():
     measured = measure_costs(task, methods, rounds=2, seed=0)["methods"]
     assert [("ratio" in measured[method.step_words]) for method in methods] == [True, False, False]
     assert all(measured[method.step_words]["held_bytes"] > 0 for method in methods)
+
+
+def test_small_layers_are_converted_where_a_method_says_so():
+    task = replace(make_perceptron_task(load(None), hidden=256, epochs=1, batch_size=32), noise_points=0)
+    batch = next(draw_batches(task, 32, 0))
+    plain, small_too = (
+        prepare(task, find_method(label), task.build_seeded(0), []) for label in ("recipes.memory(4)", SMALL_TOO)
+    )
+    assert "too small to pay" in str(plain.handle)
+    assert "too small to pay" not in str(small_too.handle)
+    # The head held its input in 32 bits, and holds it in 4 with a scale for each group.
+    difference = plain.measure_bytes(batch)[0] - small_too.measure_bytes(batch)[0]
+    assert 0.75 * 4 * 32 * 256 < difference < 4 * 32 * 256 * (1 - 4 / 32)
 
 
 def test_divergence_is_a_result():

@@ -9,7 +9,9 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.func import vmap
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from cheapgrad import approximate, recipes
 from cheapgrad.cost import measure_held_bytes
@@ -122,6 +124,46 @@ def test_gradients_with_all_rows_are_those_of_pytorch(make, norm, monkeypatch):
         network(leaf).square().sum().backward()
         results.append([leaf.grad, *[parameter.grad for parameter in network.parameters()]])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+def run_plainly(model, x):
+    return model(x)
+
+
+def run_under_autocast(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x).float()
+
+
+def run_checkpointed(model, x):
+    return checkpoint(model, x, use_reentrant=False)
+
+
+def run_compiled(model, x):
+    torch.compiler.reset()
+    return torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+
+
+def run_mapped(model, x):
+    return vmap(lambda row: model(row.unsqueeze(0)).squeeze(0))(x)
+
+
+RUNS = [run_plainly, run_under_autocast, run_checkpointed, run_compiled, run_mapped]
+
+
+@every_module
+@pytest.mark.parametrize("run", RUNS)
+def test_contexts(make, run, monkeypatch):
+    choose_all_rows(monkeypatch)
+    stock = perceptron(make)
+    model = copy.deepcopy(stock)
+    convert(model)
+    x, results = torch.randn(ROWS, HIDDEN), []
+    for network in (model, stock):
+        leaf = x.clone().requires_grad_()
+        run(network, leaf).square().sum().backward()
+        results.append([leaf.grad, *[parameter.grad for parameter in network.parameters()]])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 @every_module

@@ -292,8 +292,9 @@ def test_one_layer_in_eval_mode_ends_the_chain(full):
     assert_same(model, stock)
 
 
-def test_functional_transforms(full):
-    model, stock = pair(nn.GELU())
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU(), nn.Tanh()])
+def test_functional_transforms(activation, full):
+    model, stock = pair(activation)
     x = torch.randn(4, 10, WIDTH)
     results = []
     for network in (model, stock):

@@ -180,7 +180,7 @@ def make_full_tasks(dataset: Dataset) -> tuple[Task, ...]:
         )
     if dataset.kind == "folder":
         return (
-            make_transformer_task(dataset, width=256, depth=2, side=8, heads=4, epochs=0.6, batch_size=64),
+            make_transformer_task(dataset, width=256, depth=2, side=4, heads=4, epochs=0.6, batch_size=64),
             make_bagnet_task(dataset, width=8, epochs=0.6, batch_size=64),
         )
     return (make_language_task(dataset, width=256, depth=2, epochs=0.2, batch_size=16),)

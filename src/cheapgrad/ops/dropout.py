@@ -25,7 +25,7 @@ class Dropping:
     Attributes:
         p: the chance of an entry to be dropped, above 0 and below 1.
         is_alpha: whether dropped entries are replaced as `torch.nn.AlphaDropout` does.
-        fused: whether passes over the entries are compiled.
+        fused: whether packing the mask and the backward pass are compiled; the forward pass never is.
     """
 
     p: float
@@ -52,7 +52,7 @@ class Dropping:
     def forward(self, x: Tensor, packed: Tensor) -> Tensor:
         """Return the output, bit for bit as PyTorch does."""
         if not self.is_alpha:
-            return self.scale(x, packed)
+            return self._scale(x, packed, fused=False)
         kept = unpack_bits(packed, 1, x.shape[-1]).to(x.dtype)
         factor = 1 / math.sqrt((_ALPHA * _ALPHA * self.p + 1) * (1 - self.p))
         shift = kept.add(-1).mul_(_ALPHA * factor).add_(_ALPHA * factor * self.p)
@@ -60,9 +60,14 @@ class Dropping:
 
     def scale(self, grad: Tensor, packed: Tensor) -> Tensor:
         """Return the cotangent of the input, bit for bit as PyTorch does."""
+        return self._scale(grad, packed, fused=self.fused)
+
+    def _scale(self, grad: Tensor, packed: Tensor, *, fused: bool) -> Tensor:
         if not self.is_alpha and not _is_fused(grad):
             rows = grad.reshape(-1, grad.shape[-1]), packed.reshape(-1, packed.shape[-1])
-            return work_by_rows(_scale_kept, rows, fused=self.fused, p=self.p)[0].reshape(grad.shape)
+            # Rounded as PyTorch rounds its mask; a tensor, so that nothing is compiled anew for another chance.
+            factor = torch.ones((), dtype=grad.dtype, device=grad.device).div_(1 - self.p)
+            return work_by_rows(_scale_kept, rows, (factor,), fused=fused)[0].reshape(grad.shape)
         kept = unpack_bits(packed, 1, grad.shape[-1])
         if self.is_alpha:
             return grad * kept.to(grad.dtype).mul_(1 / math.sqrt((_ALPHA * _ALPHA * self.p + 1) * (1 - self.p)))
@@ -74,11 +79,11 @@ def _pack_mask(kept: Tensor) -> tuple[Tensor]:
     return (pack_bits(kept.to(torch.int8).view(torch.uint8), 1),)
 
 
-def _scale_kept(x: Tensor, packed: Tensor, *, p: float) -> tuple[Tensor]:
+def _scale_kept(x: Tensor, packed: Tensor, factor: Tensor) -> tuple[Tensor]:
     features = x.shape[1]
     if features % 8:
-        return (x * unpack_bits(packed, 1, features).to(x.dtype).div_(1 - p),)
-    kept = unpack_flags(packed, features).to(x.dtype).div_(1 - p)
+        return (x * unpack_bits(packed, 1, features).to(x.dtype).mul_(factor),)
+    kept = unpack_flags(packed, features).to(x.dtype).mul_(factor)
     return ((x.view(kept.shape) * kept).reshape(x.shape),)
 
 

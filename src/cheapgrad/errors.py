@@ -236,7 +236,7 @@ class NoEffectWarning(UserWarning):
 
 
 class FusingWarning(UserWarning):
-    """Codecs were to be fused, and the compiler failed: they run one operation after the other."""
+    """Codecs were to be fused, and there is no compiler or it failed: what is named runs unfused."""
 
 
 def nearest_match(name: str, candidates: Iterable[str]) -> str:

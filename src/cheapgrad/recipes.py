@@ -69,7 +69,7 @@ def both(bits: int = 4, keep: float = 0.5, *, fused: bool = False) -> tuple[Rule
         One rule for all modules.
 
     Raises:
-        BudgetError: if `bits` or `keep` is out of range.
+        BudgetError: if `bits`, `keep` or `fused` is out of range.
 
     >>> both(bits=4, keep=0.5)
     (Rule(pattern='*', stored=StochasticRounding(bits=4), cotangent=RowSample(keep=0.5, design=OrderedPivotal()),

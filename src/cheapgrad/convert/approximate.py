@@ -21,6 +21,7 @@ from cheapgrad.convert.wrappers import unwrap
 from cheapgrad.errors import (
     BudgetError,
     ConversionError,
+    FusingWarning,
     ModelTypeError,
     NoEffectWarning,
     NoMatchError,
@@ -29,7 +30,8 @@ from cheapgrad.errors import (
 )
 from cheapgrad.ops.compiled import plan_text
 from cheapgrad.ops.plan import Plan, RootUse
-from cheapgrad.sketch import AbstractStrategy, ExampleSample, Moment
+from cheapgrad.sketch import AbstractStrategy, ExampleSample, Moment, StochasticRounding
+from cheapgrad.sketch.fusing import note_obstacle
 
 
 @dataclass
@@ -105,6 +107,8 @@ def approximate(model: nn.Module, *rules: Rule | Iterable[Rule] | HoldsRules, sk
         ConversionError: if a matched layer is converted already.
         WrapperOrderError: if the model is compiled or sharded already.
 
+    Warns (`NoEffectWarning`, `FusingWarning`) where rules, or ``fused=True``, have no effect.
+
     >>> import torch, cheapgrad
     >>> from cheapgrad.sketch import RowSample
     >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
@@ -136,6 +140,8 @@ def approximate(model: nn.Module, *rules: Rule | Iterable[Rule] | HoldsRules, sk
     if not any(record.status == "converted" for record in records):
         reasons = "; ".join(f"{record.name or '(model)'}: {record.remark}" for record in records[:5])
         warnings.warn(f"cheapgrad.approximate converted nothing: {reasons}", NoEffectWarning, stacklevel=2)
+    for message in _why_unfused(target, decisions):
+        warnings.warn(message, FusingWarning, stacklevel=2)
     return Handle(target, tuple(records), switch)
 
 
@@ -278,6 +284,15 @@ def _why_not(module: nn.Module, kind: LayerKind, strategy: AbstractStrategy, mom
 def _rules_without_effect(rules: tuple[Rule, ...], decisions: list[_Decision]) -> list[Rule]:
     winners = {id(decision.rule) for decision in decisions}
     return [rule for rule in rules if id(rule) not in winners]
+
+
+def _why_unfused(model: nn.Module, decisions: list[_Decision]) -> list[str]:
+    """Return why codecs that are to be fused will not be, for each kind of device that the model is on."""
+    if not any(isinstance(decision.stored, StochasticRounding) and decision.stored.fused for decision in decisions):
+        return []
+    # Where a model on the meta device will run is not known yet; what runs there says so itself.
+    devices = dict.fromkeys(parameter.device.type for parameter in model.parameters()) or {"cpu": None}
+    return list(filter(None, (note_obstacle(device) for device in devices if device != "meta")))
 
 
 def _check_matches(rules: tuple[Rule, ...], decisions: list[_Decision]) -> None:

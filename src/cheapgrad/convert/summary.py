@@ -174,7 +174,7 @@ def _fusing_notes(converted: Sequence[LayerRecord]) -> list[str]:
             "(recipes.memory(bits=4, fused=True)) compiles them, in seconds at the first step, for faster ones"
         )
     if fused and why_unfused():
-        notes.append(f"codecs of {len(fused)} layers were to be fused, but run unfused: {why_unfused()}")
+        notes.append(f"codecs of {len(fused)} layers are to be fused; in this process run unfused: {why_unfused()}")
     return notes
 
 

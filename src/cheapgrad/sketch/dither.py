@@ -35,9 +35,9 @@ class Dither:
     draws: Tensor
     shifts: Tensor
 
-    def part(self, blocks: slice, out: Tensor | None = None) -> Tensor:
-        """Return the dithers of some blocks, shape ``[blocks, block]``, in `out` if it is given."""
-        return torch.add(self.draws[blocks], self.shifts, out=out).frac_()
+    def entries(self) -> Tensor:
+        """Return the dithers themselves, one for each entry."""
+        return torch.add(self.draws, self.shifts).frac_()
 
 
 def draw_dither(like: Tensor, rows: int, columns: int, block: int) -> Dither:

@@ -69,7 +69,7 @@ class FixedRange:
         dither = draw_dither(like, rows, columns, _BLOCK)
         if columns % _BLOCK == 0:
             return Dither(dither.draws.view(rows, columns // _BLOCK, 1), dither.shifts)
-        entries = dither.part(slice(None)).flatten()[: rows * columns]
+        entries = dither.entries().flatten()[: rows * columns]
         return Dither(entries.view(rows, 1, columns), torch.zeros(1, device=like.device))
 
     def blocks(self, matrix_NI: Tensor) -> Tensor:

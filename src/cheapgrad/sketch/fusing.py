@@ -6,63 +6,45 @@ does not depend on how they run; values agree up to the rounding of the last bit
 
 Compiling takes seconds at the first step and needs a C++ compiler, so it is asked for (``fused=True``). Where it cannot
 be had, functions run one operation after the other: quietly where that is a matter of course (inside compiled graphs,
-under transforms and tracers, on few entries), with a `FusingWarning`, once, where the compiler fails.
+under transforms and tracers, on few entries), with a `FusingWarning`, once, where there is no compiler, or where it
+fails on a function.
+
+Only what is stored and what the backward pass computes may be compiled: a compiler rounds where it likes, and the
+forward pass is PyTorch's, bit for bit.
 """
 
 from __future__ import annotations
 
-import functools
-import types
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from cheapgrad.errors import FusingWarning
+from cheapgrad.sketch._compiling import TensorFunction, Version, Versions
 from cheapgrad.sketch.transforms import is_inside_transform, is_transformed
-
-#: A pure function of tensors and of options that can be hashed.
-TensorFunction = Callable[..., tuple[Tensor, ...]]
 
 # Entries worked on at a time on a CPU, so that what lies between two operations stays in the processor's cache.
 _PIECE = 1 << 19
 # Fewer entries cost less than it takes to call what was compiled.
 _LEAST = 1 << 14
-_DEVICES = ("cpu", "cuda")
 
-
-class _Compiler:
-    """Whether functions can be compiled in this process, as far as was tried.
-
-    Attributes:
-        failure: what went wrong, or an empty string.
-    """
-
-    def __init__(self) -> None:
-        self.failure = ""
-
-    def give_up(self, error: Exception) -> None:
-        """Compile nothing from here on, and say so."""
-        text = " ".join(str(error).split())[:200]
-        self.failure = f"{type(error).__name__}: {text}"
-        warnings.warn(
-            f"codecs were to be fused (fused=True), but compiling failed: {self.failure}; they run unfused, as correct "
-            "and slower; `cheapgrad doctor` checks the compiler",
-            FusingWarning,
-            stacklevel=3,
-        )
-
-
-# One for the process: a missing compiler is missing for all functions.
-_compiler = _Compiler()
+# One for the process, as the compiler's own memory is.
+_versions = Versions()
 
 
 def why_unfused() -> str:
-    """Return why nothing is compiled in this process although it was asked for; an empty string if nothing failed."""
-    return _compiler.failure
+    """Return what runs unfused in this process although it was to be fused, and why; or an empty string."""
+    return _versions.describe_failures()
+
+
+def note_obstacle(device_type: str) -> str:
+    """Return a message if ``fused=True`` has no effect on a kind of device, or an empty string.
+
+    Args:
+        device_type: such as ``"cpu"``.
+    """
+    return _versions.note_obstacle(device_type)
 
 
 def work_by_rows(
@@ -71,6 +53,7 @@ def work_by_rows(
     shared: tuple[Tensor, ...] = (),
     *,
     fused: bool = False,
+    entries: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """Return what a pure function gives for tensors whose first axis are rows, each worked on by itself.
@@ -81,16 +64,20 @@ def work_by_rows(
         shared: tensors that all rows read.
         fused: compile the function where that can be done; otherwise rows are worked on in pieces that stay in the
             processor's cache, where pieces can be cut.
-        **options: hashable; the function is compiled anew for other ones.
+        entries: how many numbers the rows are, where they come in fewer bytes; those of the largest tensor if left out.
+        **options: hashable, and few: the function is compiled anew for other ones. Numbers that may change from step to
+            step belong in `shared`.
 
     >>> work_by_rows(lambda x, *, factor: (x * factor,), (torch.ones(2, 3),), factor=2)[0].sum()
     tensor(12.)
     """
     tensors = (*rows, *shared)
-    if fused and _may_be_compiled(tensors):
+    if entries is None:
+        entries = max(tensor.numel() for tensor in rows)
+    if fused and entries >= _LEAST and _may_be_compiled(tensors):
         return _run_compiled(function, len(rows), tensors, options)
     count = rows[0].shape[0]
-    piece = max(1, _PIECE // max(1, rows[0].numel() // max(1, count)))
+    piece = max(1, _PIECE // max(1, entries // max(1, count)))
     if count <= piece or not _may_be_cut(rows[0]):
         return function(*tensors, **options)
     joined: tuple[Tensor, ...] = ()
@@ -115,46 +102,36 @@ def _may_be_cut(tensor: Tensor) -> bool:
 
 
 def _may_be_compiled(tensors: tuple[Tensor, ...]) -> bool:
-    """Tell whether tensors are plain ones, and enough, and nothing watches or compiles what is done."""
+    """Tell whether tensors are plain ones, nothing watches or compiles what is done, and there is a compiler."""
     device = tensors[0].device
     return (
         not torch.compiler.is_compiling()
-        and not _compiler.failure
-        and device.type in _DEVICES
-        and tensors[0].numel() >= _LEAST
+        and device.type != "meta"
         and all(type(tensor) is Tensor and tensor.device == device for tensor in tensors)
         and not torch.is_inference_mode_enabled()
         and not is_inside_transform()
         and not is_in_torch_dispatch_mode()
         and not any(tensor.is_inference() for tensor in tensors)
+        and _versions.is_possible(device.type)
     )
 
 
 def _run_compiled(
     function: TensorFunction, row_count: int, tensors: tuple[Tensor, ...], options: dict[str, Any]
 ) -> tuple[Tensor, ...]:
+    version = Version.of_call(function, tensors, options)
     # Tensors of their own, to be marked.
     arguments = [tensor.detach() for tensor in tensors]
     for argument in arguments[:row_count]:
         torch._dynamo.maybe_mark_dynamic(argument, 0)
     with torch.no_grad():
         try:
-            return _compiled(function, tuple(sorted(options.items())))(*arguments)
+            run = _versions.find(version)
+            if run is not None:
+                return run(*arguments)
         except Exception as error:
             # Raises by itself if the tensors are at fault.
             results = function(*tensors, **options)
-            _compiler.give_up(error)
+            _versions.give_up(version, error)
             return results
-
-
-@functools.cache
-def _compiled(function: TensorFunction, options: tuple[tuple[str, Any], ...]) -> TensorFunction:
-    bound_options = dict(options)
-
-    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return function(*tensors, **bound_options)
-
-    # A code object of its own: the compiler counts the versions of a function by its code.
-    code = call.__code__.replace(co_name=f"fused_{function.__name__}")
-    own = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
-    return torch.compile(own, fullgraph=True)
+    return function(*tensors, **options)

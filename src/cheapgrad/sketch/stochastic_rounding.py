@@ -47,7 +47,7 @@ class StochasticRounding(AbstractStrategy):
     Saved: ``bits / 8 + 4 / group`` bytes per entry.
 
     Raises:
-        BudgetError: if `bits` or `group` is not allowed.
+        BudgetError: if `bits`, `group` or `fused` is not allowed.
 
     >>> StochasticRounding(bits=4).law.saved_bytes(LayerShape(rows=64, inputs=64, outputs=8))
     2304.0
@@ -119,7 +119,7 @@ class StochasticRounding(AbstractStrategy):
         dither = draw_plane_dither(images, batch, channels, pixels, group)
         blocks, block = dither.draws.shape[1], dither.shifts.shape[0]
         if pixels % group:
-            entries = (dither.draws + dither.shifts).frac_().flatten()
+            entries = dither.entries().flatten()
             missing = -entries.shape[0] % group
             rows = as_groups(planes, group), torch.nn.functional.pad(entries, (0, missing)).view(-1, group)
             shifts = entries.new_zeros(1)
@@ -165,7 +165,8 @@ class EncodedMatrix(AbstractStoredMatrix):
         """Return the values of whole groups, shape ``[groups, group]``."""
         codec = self._codec
         options = {"bits": codec.bits, "dtype": self._dtype}
-        return work_by_rows(decode_groups, (packed, scales), fused=codec.fused, **options)[0]
+        entries = packed.numel() * 8 // codec.bits
+        return work_by_rows(decode_groups, (packed, scales), fused=codec.fused, entries=entries, **options)[0]
 
     def dense(self) -> Tensor:
         """Return the decoded matrix."""

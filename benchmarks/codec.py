@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from benchmarks.interleaved import Timing, time_interleaved
 from cheapgrad import Rule, approximate
-from cheapgrad.ops.activations import Activation, sketched_activation
+from cheapgrad.ops.activation import Activation
+from cheapgrad.ops.activations import sketched_activation
 from cheapgrad.sketch import DenseMatrix, Moment, Operands, StochasticRounding
 
 SHAPE = (1024, 1536)

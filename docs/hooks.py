@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cheapgrad import sketch
-from cheapgrad.ops.activations import Activation
+from cheapgrad.ops.activation import Activation
 from cheapgrad.ops.row_laws import norm_law, slope_law
 from cheapgrad.sketch.law import Law
 

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cheapgrad.cost import measure_held_bytes
 from cheapgrad.errors import ForwardModeError, SecondDerivativeError
-from cheapgrad.ops.activations import Activation, sketched_activation
+from cheapgrad.ops.activation import Activation
+from cheapgrad.ops.activations import sketched_activation
 from cheapgrad.sketch import StochasticRounding
 
 FOUR_BITS = StochasticRounding(4)

@@ -12,13 +12,9 @@ from torch.nn import functional
 
 from cheapgrad.cost import measure_held_bytes
 from cheapgrad.errors import PlacementError, UnknownNameError
-from cheapgrad.ops.activations import (
-    Activation,
-    activation_names,
-    apply_derivative,
-    sketched_activation,
-    store_derivative,
-)
+from cheapgrad.ops.activation import Activation, activation_names
+from cheapgrad.ops.activations import sketched_activation
+from cheapgrad.ops.stored_derivative import apply_derivative, store_derivative
 from cheapgrad.sketch import RowSample, StochasticRounding, fusing
 from cheapgrad.sketch.fixed_range import FixedRange
 from tests.networks.blocks import composite_gelu

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import cheapgrad
 from cheapgrad import recipes
 from cheapgrad.errors import BudgetError, FusingWarning
-from cheapgrad.ops.activations import Activation, apply_derivative, store_derivative
+from cheapgrad.ops.activation import Activation
+from cheapgrad.ops.stored_derivative import apply_derivative, store_derivative
 from cheapgrad.sketch import DenseMatrix, Moment, Operands, StochasticRounding, fusing
 from tests.sketch.enumeration import feed
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cheapgrad.ops.activations import Activation, derivative_saved_bytes
+from cheapgrad.ops.activation import Activation
+from cheapgrad.ops.stored_derivative import derivative_saved_bytes
 from cheapgrad.sketch import LayerShape, LayerTensors, Moment, StochasticRounding, Variance
 from cheapgrad.sketch.law import Law
 from cheapgrad.sketch.rounding_covariance import variance_of_sums

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from cheapgrad.convert.kinds import LayerKind
 from cheapgrad.cost._saved_tensors import StorageKey
-from cheapgrad.ops.activations import derivative_saved_bytes
 from cheapgrad.ops.chains.joining import is_row_wise
 from cheapgrad.ops.plan import Plan as LayerPlan
+from cheapgrad.ops.stored_derivative import derivative_saved_bytes
 from cheapgrad.planning.candidates import LayerCandidates
 from cheapgrad.planning.capture import Call
 from cheapgrad.planning.noise import joins_codes, measure_cotangent_noise, measure_stored_noise

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cheapgrad.convert.kinds.row_wise import ROW_WISE
-from cheapgrad.ops.activations import activation_names
+from cheapgrad.ops.activation import activation_names
 from cheapgrad.sketch import RowSample, StochasticRounding
 from tests.ops.chains.networks import (
     ACTIVATIONS,

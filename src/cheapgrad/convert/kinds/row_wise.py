@@ -12,17 +12,15 @@ from torch import Tensor, nn
 
 from cheapgrad.convert.kinds.element_wise import element_wise_kind, no_variance
 from cheapgrad.convert.kinds.layer_kind import LayerKind, LayerUse
-from cheapgrad.ops.activations import (
-    Activation,
-    derivative_saved_bytes,
-    features_of,
-)
+from cheapgrad.ops.activation import Activation
+from cheapgrad.ops.activations import features_of
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.joining import is_row_wise, overwrite, stage_in_chain
 from cheapgrad.ops.chains.norm_stage import LayerNormStage
 from cheapgrad.ops.chains.rebuilding import current_scope
 from cheapgrad.ops.plan import Plan
 from cheapgrad.ops.row_laws import norm_codes_bytes, norm_law, slope_law
+from cheapgrad.ops.stored_derivative import derivative_saved_bytes
 from cheapgrad.sketch import AbstractStrategy, Moment, StochasticRounding, Variance
 from cheapgrad.sketch.law import Law
 

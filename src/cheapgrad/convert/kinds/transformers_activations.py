@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cheapgrad.convert.kinds.layer_kind import LayerKind
 from cheapgrad.convert.kinds.row_wise import activation_bytes, activation_shape, row_wise_kind, variance_by
-from cheapgrad.ops.activations import Activation
+from cheapgrad.ops.activation import Activation
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.joining import stage_in_chain
 from cheapgrad.ops.plan import Plan

@@ -8,15 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from cheapgrad.ops.activations import (
-    Activation,
-    StoredDerivative,
-    apply_derivative,
-    sketched_activation,
-    store_derivative,
-)
+from cheapgrad.ops.activation import Activation
+from cheapgrad.ops.activations import sketched_activation
 from cheapgrad.ops.chains.stage import AbstractOpenedStage, AbstractStage, KeptRows, Rebuild
 from cheapgrad.ops.plan import Plan
+from cheapgrad.ops.stored_derivative import StoredDerivative, apply_derivative, store_derivative
 from cheapgrad.sketch import AbstractStrategy, StochasticRounding
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._C import _autograd  # type: ignore[attr-defined] - private, and the only way to see the hooks around
 
-from cheapgrad.ops.activations import Activation
+from cheapgrad.ops.activation import Activation
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.chain import Chain, Link, chain_of_node, settle
 from cheapgrad.ops.chains.rebuilding import current_scope

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cheapgrad.ops.activations import StoredDerivative, apply_derivative
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.chain import Chain, Link, chain_of_node, settle, untag
 from cheapgrad.ops.chains.functional import read_activation, recognises, shows_saved_tensors
 from cheapgrad.ops.chains.gated_stage import GatedStage
 from cheapgrad.ops.chains.linear_stage import LinearStage
 from cheapgrad.ops.chains.watching import Watch, is_observed
+from cheapgrad.ops.stored_derivative import StoredDerivative, apply_derivative
 from cheapgrad.sketch import AbstractStrategy, StochasticRounding
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cheapgrad.ops.activations import Activation, may_be_overwritten, overwriting_activation
+from cheapgrad.ops.activation import Activation
+from cheapgrad.ops.activations import may_be_overwritten, overwriting_activation
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.chain import Chain, Link, attach_chain, chain_of, held_root, let_rebuild, run_stage, settle
 from cheapgrad.ops.chains.dropout_stage import DropoutStage

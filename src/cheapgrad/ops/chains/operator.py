@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cheapgrad.errors import CheapgradError
-from cheapgrad.ops.activations import Activation
+from cheapgrad.ops.activation import Activation
 from cheapgrad.ops.plan import Plan, RootUse
 from cheapgrad.sketch import AbstractStrategy
 from cheapgrad.sketch.value import from_dict

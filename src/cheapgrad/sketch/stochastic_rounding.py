@@ -36,15 +36,23 @@ class StochasticRounding(AbstractStrategy):
         bits: 2, 4 or 8.
         group: entries per group, at least 8 and a multiple of 8.
         fused: compile what encodes and decodes into single passes, for this codec and for whatever else a layer stores
-            by it (slopes, branches, masks). Takes seconds at the first step, once for each machine and version of
-            torch, and a C++ compiler; without one a `FusingWarning` says so. No effect under `torch.compile`, where
-            everything is.
+            by it (slopes, branches, masks); never what a forward pass returns. Takes seconds at the first step, once
+            for each machine and version of torch, and a C++ compiler; without one a `FusingWarning` says so. No effect
+            under `torch.compile`, where everything is.
 
     **Law** Bias 0 (to the rounding of single precision; the dither has 24 bits). ``Var dW = sum_ni s**2 f_ni (1 - f_ni)
     ||g_n||**2``, exactly, summed over the entries of dW: each of them meets one feature, and rows are independent.
     Errors of features of one row are dependent, so the variance of what mixes features (the norm of a row, a sum over
     features, a next product) is not that of independent errors; `entry_variance` holds for every entry.
     Saved: ``bits / 8 + 4 / group`` bytes per entry.
+
+    Rounding l and s to bfloat16 adds no bias, whatever X's type: codes are drawn for the stored numbers. It widens s,
+    by 2**-7 of s and ``2**-7 |l| / (2**bits - 1)`` at most, and the variance with it.
+    Where X is bfloat16 or float16, decoded values are rounded to that type, to nearest: a bias of at most 2**-8
+    (bfloat16) or 2**-11 (float16) of the larger neighbour on the grid, for each entry. A float16 entry whose upper
+    neighbour lies beyond 65504, the largest float16, gets 65504 in its place: a bias towards zero of less than s.
+    A group that spans more than 3.38e38, or goes below -3.38e38, has no finite l and s: it decodes to NaN and infinity
+    throughout, as a group does that holds one of them.
 
     Raises:
         BudgetError: if `bits`, `group` or `fused` is not allowed.

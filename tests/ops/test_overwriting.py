@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from cheapgrad import Rule, approximate
 from cheapgrad.cost import measure_held_bytes
@@ -95,3 +96,20 @@ def test_second_derivatives_are_refused():
     (gradient,) = torch.autograd.grad(model(x * x).square().sum(), x, create_graph=True)
     with pytest.raises(SecondDerivativeError):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiled_graphs_anchor_what_is_drawn(inplace):
+    """One anchor for one draw in the forward graph: without it a compiler may draw again in the backward graph."""
+    graphs = []
+
+    def read(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 64), nn.SiLU(inplace=inplace))
+    approximate(model, Rule("1", stored=StochasticRounding(4)), skip_small=False)
+    torch.compile(model, backend=aot_autograd(fw_compiler=read), fullgraph=True)(torch.randn(4, 8))
+    assert [graph.count("cheapgrad.uniform") for graph in graphs] == [1]
+    assert [graph.count("cheapgrad.anchor") for graph in graphs] == [1]

@@ -10,8 +10,10 @@ import torch
 
 from cheapgrad.errors import BudgetError, PlacementError
 from cheapgrad.sketch import DenseMatrix, Moment, Operands, StochasticRounding, fusing
+from cheapgrad.sketch._codes import encode_groups
 from cheapgrad.sketch.bits import pack_bits, unpack_bits
 from cheapgrad.sketch.dither import draw_dither, van_der_corput
+from cheapgrad.sketch.stochastic_rounding import as_groups, rounding_steps
 from tests.oracles import rounding as oracle
 from tests.sketch.enumeration import feed
 
@@ -96,7 +98,7 @@ def test_no_two_rows_share_a_draw_within_a_column(shape):
     rows, columns = shape
 
     def dithers():
-        drawn = draw_dither(torch.zeros(()), rows, columns, 64).part(slice(None))
+        drawn = draw_dither(torch.zeros(()), rows, columns, 64).entries()
         return drawn.flatten()[: rows * columns].view(rows, columns)
 
     torch.manual_seed(0)
@@ -191,6 +193,49 @@ def test_what_is_not_finite_shows_in_its_group_and_nowhere_else(value, bits):
     assert torch.equal(decoded, clean)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_beyond_the_largest_single_nothing_decodes_to_a_wrong_number(bits, dtype):
+    """Both neighbours on the grid, by the lowest and the highest dither, are a step from the entry or not finite."""
+    spread = torch.linspace(0, 1, 64, dtype=torch.float64)
+    edges = [(0.0, 3.3e38), (-3.3e38, 0.0), (-1.6e38, 1.6e38), (-2e38, 2e38), (0.0, 3.4e38), (-3.4e38, 0.0)]
+    matrix = torch.stack([low + (high - low) * spread for low, high in edges]).to(dtype)
+    step = rounding_steps(matrix, StochasticRounding(bits))[0].double()
+    for decoded in _neighbours(StochasticRounding(bits), matrix):
+        assert decoded[:3].isfinite().all()
+        if dtype is torch.float32:
+            assert not decoded[3].isfinite().any(), "the span is no single number"
+        error = (decoded.double() - matrix.double()).abs()
+        assert (~decoded.isfinite() | (error <= step * (1 + 1e-5))).all()
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_half_precision_adds_the_rounding_of_decoded_values(dtype, unit, bits):
+    """The exact mean over both neighbours is off by half a unit in the last place of the larger one, and no more."""
+    codec, matrix = StochasticRounding(bits), (_matrix(64, 64) * 3 + 1).to(dtype)
+    low, high = (decoded.double() for decoded in _neighbours(codec, matrix))
+    _, up = rounding_steps(matrix.double(), codec)
+    bias = (1 - up) * low + up * high - matrix.double()
+    allowed = unit * torch.maximum(low.abs(), high.abs())
+    assert (bias.abs() <= allowed + 1e-6).all()
+    # A float16 holds codes of few bits times a bfloat16 number exactly.
+    if dtype is torch.bfloat16 or bits == 8:
+        assert (bias.abs() > allowed / 8).any()
+
+
+def test_the_largest_half_precision_number_is_a_wall():
+    matrix = torch.linspace(0, 65504, 64).half().unsqueeze(0)
+    codec = StochasticRounding(bits=2)
+    low, high = (decoded.double() for decoded in _neighbours(codec, matrix))
+    step, up = rounding_steps(matrix.double(), codec)
+    bias = ((1 - up) * low + up * high - matrix.double()) / step
+    beyond = matrix.double() > 2 * step
+    assert high.max() == 65504
+    assert (bias[~beyond].abs() < 2e-3).all()
+    assert ((bias[beyond] > -1) & (bias[beyond] < 2e-3)).all()
+
+
 @pytest.mark.parametrize("shape", [(9, 128), (50, 24), (11, 100), (3, 1)])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_working_in_pieces_changes_nothing(shape, bits, monkeypatch):
@@ -201,6 +246,16 @@ def test_working_in_pieces_changes_nothing(shape, bits, monkeypatch):
     torch.manual_seed(0)
     for ours, expected in zip(_store(codec, matrix), whole, strict=True):
         assert torch.equal(ours, expected)
+
+
+def _neighbours(codec, matrix):
+    """Return what every entry decodes to when rounded down and when rounded up."""
+    groups = as_groups(matrix, codec.group)
+    decoded = []
+    for dither in (0.0, 1 - 2.0**-24):
+        kept = encode_groups(groups, torch.full((groups.shape[0], 1), dither), torch.zeros(1), bits=codec.bits)
+        decoded.append(codec.restore(kept, *matrix.shape, matrix.dtype).dense())
+    return decoded
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -68,6 +68,11 @@ class Row:
         return "options of its own" if self.layer.stock is not None else self.placement.name
 
     @property
+    def is_fused(self) -> bool:
+        """Whether its codecs are compiled by themselves."""
+        return isinstance(self.placement.stored, StochasticRounding) and self.placement.stored.fused
+
+    @property
     def draws(self) -> bool:
         """Whether processes draw numbers of their own for it, beside the mask that a dropout draws as PyTorch does."""
         return self.layer.family not in EXACT
@@ -157,6 +162,7 @@ ROWS: tuple[Row, ...] = (
     # Indices of a large share are dearer to hold than the norms they were drawn from: a compiler may draw again.
     Row(LINEAR, Placement(stored=RowSample(0.9)), is_representative=True),
     Row(LINEAR, Placement(stored=FeatureSample(0.9, Uniform(), Pivotal()))),
+    Row(LINEAR, Placement(stored=StochasticRounding(4, fused=True)), is_representative=True),
     *_SEQUENCE_ROWS,
     *(Row(CONVOLUTION_2D, placement, placement == _WHOLE_EXAMPLES) for placement in _CONVOLUTION_PLACEMENTS),
     *(

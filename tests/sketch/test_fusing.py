@@ -217,10 +217,8 @@ def outputs_and_gradients(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_outputs_are_the_exact_models_bit_for_bit(dtype):
     """Compiled, a dropout's factor would be rounded later than PyTorch rounds it. Its gradient is exact as well."""
-    # First, for what codecs draw comes from the same stream.
-    dropout = nn.Dropout(0.3)
-    behind = (nn.Linear(128, 128), nn.GELU(), nn.LayerNorm(128)) if dtype is torch.bfloat16 else ()
-    exact = nn.Sequential(dropout, *behind).to(dtype)
+    # The dropout first, for what codecs draw comes from the same stream.
+    exact = nn.Sequential(nn.Dropout(0.3), nn.Linear(128, 128), nn.ReLU()).to(dtype)
     converted = copy.deepcopy(exact)
     cheapgrad.approximate(converted, recipes.memory(4, fused=True), skip_small=False)
     x = torch.randn(256, 128).to(dtype)

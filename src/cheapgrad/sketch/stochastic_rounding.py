@@ -51,8 +51,8 @@ class StochasticRounding(AbstractStrategy):
     Where X is bfloat16 or float16, decoded values are rounded to that type, to nearest: a bias of at most 2**-8
     (bfloat16) or 2**-11 (float16) of the larger neighbour on the grid, for each entry. A float16 entry whose upper
     neighbour lies beyond 65504, the largest float16, gets 65504 in its place: a bias towards zero of less than s.
-    Groups are covered while entries and what they span stay under 3.3e38. Beyond, entries decode to NaN or infinity, all
-    of the group where l or s is not finite, and to no wrong finite number.
+    Groups are covered while entries and what they span stay under 3.3e38. Beyond, entries decode to NaN or infinity,
+    all of the group where l or s is not finite, and to no wrong finite number.
 
     Raises:
         BudgetError: if `bits`, `group` or `fused` is not allowed.

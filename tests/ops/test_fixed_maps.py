@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cheapgrad import Rule, approximate
 from cheapgrad.cost import measure_held_bytes
 from cheapgrad.errors import NoEffectWarning
 from cheapgrad.ops.fixed_maps import FixedMap, sketched_fixed_map
 from cheapgrad.sketch import RowSample, StochasticRounding
+from tests.devices import DEVICES
 from tests.oracles import averages
 
 RULE = Rule(stored=StochasticRounding(4))
@@ -166,7 +168,7 @@ def test_other_inputs_bit_for_bit(stock, x):
 
 def test_sizes_of_another_input_are_caught(monkeypatch):
     backward = FixedMap.backward
-    rolled = lambda self, grad, shape: backward(self, grad, shape).roll(1, -1)  # noqa: E731 - one line each
+    rolled = lambda self, grad, layout: backward(self, grad, layout).roll(1, -1)  # noqa: E731 - one line each
     monkeypatch.setattr(FixedMap, "backward", rolled)
     with pytest.raises(AssertionError):
         assert_alike(nn.AvgPool2d(2), inputs(2))
@@ -198,6 +200,126 @@ def test_bytes_held_are_those_predicted(stock, axes, held, wants_input):
     assert (row.exact_saved_bytes, row.saved_bytes) == (exact, own)
     assert own == 0
     assert exact == (4 * x.numel() if held == "input" and wants_input else 0)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format={4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()]),
+    "channels innermost": lambda x: x.transpose(1, -1).contiguous().transpose(1, -1),
+    "transposed": lambda x: x.transpose(-1, -2),
+    "every other channel": lambda x: torch.stack([x, x], 2).flatten(1, 2)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("stock", "axes"),
+    [
+        *((pooling(2), axes) for axes, pooling in POOLINGS.items()),
+        *((pooling(4), axes) for axes, pooling in ADAPTIVE.items()),
+        *((paddings[axes](1), axes) for paddings in PADDINGS.values() for axes in SIZES),
+    ],
+    ids=str,
+)
+def test_gradients_have_the_memory_format_that_pytorch_gives_them(stock, axes, layout):
+    if axes == 1 and layout == "channels last":
+        pytest.skip("a format of images")
+    x = LAYOUTS[layout](inputs(axes))
+    ours, _ = converted(stock)
+    strides = []
+    for module in (stock, ours):
+        leaf = x.detach().requires_grad_()
+        output = module(leaf)
+        strides.append((output.stride(), torch.autograd.grad(output.sum(), leaf)[0].stride()))
+    assert strides[0] == strides[1]
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in before:
+            self.total += result.untyped_storage().nbytes()
+        return result
+
+
+@pytest.mark.parametrize("stock", [nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(3), nn.ReplicationPad2d(1)], ids=str)
+def test_backward_allocates_the_gradient_and_one_number(stock):
+    ours, _ = converted(stock)
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    output = ours(x)
+    with AllocatedBytes() as allocated:
+        torch.autograd.grad(output, x, torch.ones_like(output))
+    assert allocated.total == 4 * (output.numel() + x.numel() + 1)
+
+
+class OnAnotherDevice(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = property(lambda self: True)
+
+
+@pytest.fixture
+def deterministic():
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(False)
+
+
+def outcome(module, x, deterministic, when):
+    """Return the gradient of an input under deterministic algorithms, or what is said instead."""
+    deterministic(when == "throughout")
+    leaf = x.detach().clone().requires_grad_()
+    try:
+        output = module(leaf)
+        deterministic(True)
+        return torch.autograd.grad(output.square().sum(), leaf)[0]
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("when", ["throughout", "backward"])
+@pytest.mark.parametrize("kind", PADDINGS)
+@pytest.mark.parametrize("axes", SIZES)
+def test_deterministic_algorithms_are_those_of_pytorch(kind, axes, when, device, deterministic):
+    stock = PADDINGS[kind][axes](2)
+    ours, _ = converted(stock)
+    x = inputs(axes).to(device)
+    exact, own = (outcome(module, x, deterministic, when) for module in (stock, ours))
+    assert type(exact) is type(own)
+    assert exact == own if isinstance(exact, str) else torch.equal(exact, own)
+    assert device != "cpu" or isinstance(own, torch.Tensor)
+
+
+def nodes_of(output):
+    """Return the names of all nodes of a graph that is a line, nearest first."""
+    names, node = [], output.grad_fn
+    while node is not None:
+        names.append(node.name())
+        node = next((before for before, _ in node.next_functions), None)
+    return names
+
+
+@pytest.mark.parametrize("axes", SIZES)
+def test_replication_is_pytorchs_own_where_that_indexes(axes, deterministic):
+    stock = nn.Sequential(PADDINGS["replication"][axes](2))
+    made = []
+    for wanted in (False, True):
+        deterministic(wanted)
+        ours, handle = converted(stock)
+        x = inputs(axes).requires_grad_().as_subclass(OnAnotherDevice)
+        made.append([nodes_of(module(x)) for module in (stock, ours)])
+    (stock_kernel, own_kernel), (stock_indexing, own_indexing) = made
+    kernels = dict.fromkeys((f"ReplicationPad{axes}DBackward0", "_EagerSizesOnlyBackward"))
+    assert [kernels.keys() & names for names in (stock_kernel, own_kernel)] == [{name} for name in kernels]
+    assert stock_indexing == own_indexing
+    assert not kernels.keys() & own_indexing
+    (row,) = handle.rows
+    assert (row.exact_saved_bytes, row.saved_bytes) == (0, 0)
 
 
 def test_a_block_of_convolution_average_and_relu_holds_its_input_and_bits_only():

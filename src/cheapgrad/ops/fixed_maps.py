@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 _aten = torch.ops.aten
 # Name -> what PyTorch runs forward, and backward as ``(grad, input, *arguments)``, where the input's sizes are read.
@@ -34,6 +35,26 @@ _KERNELS: dict[str, tuple[Any, Any]] = {
 
 
 @dataclass(frozen=True)
+class Layout:
+    """What PyTorch's kernels read of an input in their backward pass.
+
+    Attributes:
+        shape: its sizes.
+        memory_format: the one that its strides suggest, and that its gradient gets.
+    """
+
+    shape: tuple[int, ...]
+    memory_format: torch.memory_format
+
+    def blank(self, grad: Tensor) -> Tensor:
+        """Return a tensor of this layout that nothing was written to, one number where that is enough."""
+        if grad.device.type == "cpu" and self.memory_format is torch.contiguous_format:
+            return grad.new_empty(()).expand(self.shape)
+        # The strides of other formats need their storage; and kernels elsewhere first copy what is not contiguous.
+        return torch.empty(self.shape, dtype=grad.dtype, device=grad.device, memory_format=self.memory_format)
+
+
+@dataclass(frozen=True)
 class FixedMap:
     """A linear map of images without parameters.
 
@@ -52,18 +73,20 @@ class FixedMap:
         output = _KERNELS[self.name][0](x.unsqueeze(-2) if self.adds_axis else x, *self.arguments)
         return output.squeeze(-2) if self.adds_axis else output
 
-    def backward(self, grad: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return the cotangent of the input, bit for bit as PyTorch does.
+    def layout_of(self, x: Tensor) -> Layout:
+        """Return what backward is told of an input."""
+        wide = x.unsqueeze(-2) if self.adds_axis else x
+        return Layout(tuple(wide.shape), suggest_memory_format(wide))
+
+    def backward(self, grad: Tensor, layout: Layout) -> Tensor:
+        """Return the cotangent of the input, bit for bit and in the memory format as PyTorch does.
 
         Args:
             grad: cotangent of the output.
-            shape: of the input.
+            layout: of the input.
         """
-        if self.adds_axis:
-            wide, shape = grad.unsqueeze(-2), (*shape[:-1], 1, shape[-1])
-        else:
-            wide = grad
-        result = _KERNELS[self.name][1](wide, grad.new_empty(shape), *self.arguments)
+        wide = grad.unsqueeze(-2) if self.adds_axis else grad
+        result = _KERNELS[self.name][1](wide, layout.blank(grad), *self.arguments)
         return result.squeeze(-2) if self.adds_axis else result
 
 
@@ -79,11 +102,11 @@ class _SizesOnly(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.fixed_map = inputs
-        ctx.shape = tuple(x.shape)
+        ctx.layout = ctx.fixed_map.layout_of(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.fixed_map.backward(grad, ctx.shape), None
+        return ctx.fixed_map.backward(grad, ctx.layout), None
 
 
 class _EagerSizesOnly(_SizesOnly):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cheapgrad.convert.kinds.element_wise import element_wise_kind
@@ -51,8 +52,12 @@ def _adaptive_pooling(module: Any, x: Tensor, axes: int) -> FixedMap | None:
     return FixedMap(f"adaptive average pooling over {max(axes, 2)} axes", (sizes,), adds_axis=axes == 1)
 
 
-def _padding(kind: str) -> Callable[[Any, Tensor, int], FixedMap]:
-    def padding(module: Any, x: Tensor, axes: int) -> FixedMap:
+def _padding(kind: str) -> Callable[[Any, Tensor, int], FixedMap | None]:
+    def padding(module: Any, x: Tensor, axes: int) -> FixedMap | None:
+        is_indexed = kind == "replication" and (x.is_cuda or x.is_xpu) and torch.are_deterministic_algorithms_enabled()
+        if is_indexed:
+            # There PyTorch indexes, so that its backward pass can be a deterministic one; the kernel's would refuse.
+            return None
         return FixedMap(f"{kind} padding over {axes} ax{'is' if axes == 1 else 'es'}", (tuple(module.padding),))
 
     return padding

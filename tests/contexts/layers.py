@@ -323,11 +323,22 @@ BEHIND = (
             nn.ELU,
             nn.CELU,
             nn.SELU,
+            nn.Softsign,
+            nn.Tanhshrink,
         )
     ),
     *(
         _behind_linear("piecewise linear activations", stock)
-        for stock in (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid)
+        for stock in (
+            nn.ReLU,
+            nn.LeakyReLU,
+            nn.ReLU6,
+            nn.Hardtanh,
+            nn.Hardsigmoid,
+            nn.Hardshrink,
+            nn.Softshrink,
+            lambda: nn.Threshold(0.1, 2.0),
+        )
     ),
     _behind_linear("activations with slopes", nn.PReLU),
     _behind_linear(

@@ -33,11 +33,20 @@ SMOOTH = {
     "Sigmoid": nn.Sigmoid,
     "Softplus": lambda: nn.Softplus(beta=2.0, threshold=5.0),
     "LogSigmoid": nn.LogSigmoid,
+    "Softsign": nn.Softsign,
+    "Tanhshrink": nn.Tanhshrink,
     "ELU": lambda: nn.ELU(alpha=0.5),
     "CELU": lambda: nn.CELU(alpha=2.0),
     "SELU": nn.SELU,
 }
-EXACT = {"ReLU": nn.ReLU, "Hardtanh": lambda: nn.Hardtanh(-1.0, 0.5), "LeakyReLU": nn.LeakyReLU, "Dropout": nn.Dropout}
+EXACT = {
+    "ReLU": nn.ReLU,
+    "Hardtanh": lambda: nn.Hardtanh(-1.0, 0.5),
+    "LeakyReLU": nn.LeakyReLU,
+    "Softshrink": nn.Softshrink,
+    "Threshold": lambda: nn.Threshold(0.1, 2.0),
+    "Dropout": nn.Dropout,
+}
 CASES = [(name, build, bits) for name, build in {**NORMS, **SMOOTH}.items() for bits in (2, 4)]
 
 

@@ -12,6 +12,7 @@ from cheapgrad import Rule, approximate
 from cheapgrad.cost import measure_held_bytes
 from cheapgrad.sketch import Moment, RowSample, StochasticRounding
 from tests.convert.models import HALF, convert, gradients
+from tests.ops.chains.networks import ACTIVATIONS
 from tests.placements import PLACEMENTS
 
 FLOAT_BYTES = 4
@@ -33,6 +34,18 @@ def test_what_is_held_is_what_is_predicted(placement):
     if placement.stored is not None:
         shape = layer._cheapgrad.shape
         assert row.saved_bytes == placement.stored.law.saved_bytes(shape, Moment.STORED)
+
+
+@pytest.mark.parametrize("key", ACTIVATIONS, ids=lambda key: f"{key[0]}{dict(key[1]) or ''}")
+def test_what_an_activation_holds_and_held_before_is_what_is_predicted(key):
+    stock = nn.Sequential(copy.deepcopy(ACTIVATIONS[key]))
+    model = copy.deepcopy(stock)
+    handle = approximate(model, Rule(stored=StochasticRounding(4)), skip_small=False)
+    x = torch.randn(8, 5, 64, requires_grad=True)
+    measured = held_bytes(model, x)
+    (row,) = handle.rows
+    assert measured == row.saved_bytes
+    assert held_bytes(stock, x) == row.exact_saved_bytes
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda placement: placement.name)

@@ -47,6 +47,11 @@ TORCH = {
     "relu6": functional.relu6,
     "hardtanh": functional.hardtanh,
     "hardsigmoid": functional.hardsigmoid,
+    "softsign": functional.softsign,
+    "tanhshrink": functional.tanhshrink,
+    "hardshrink": functional.hardshrink,
+    "softshrink": functional.softshrink,
+    "threshold": functional.threshold,
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (1,), (7,), (3, 64), (5, 100), (2, 3, 17), (2, 3, 5, 7), (2, 2, 2, 2, 3)]

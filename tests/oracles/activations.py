@@ -44,6 +44,8 @@ SLOPES = {
     ("softplus", ()): lambda x: np.where(x > 20, 1, expit(x)),
     ("softplus", (("beta", 2.0), ("threshold", 3.0))): lambda x: np.where(2 * x > 3, 1, expit(2 * x)),
     ("log_sigmoid", ()): lambda x: expit(-x),
+    ("softsign", ()): lambda x: 1 / (1 + np.abs(x)) ** 2,
+    ("tanhshrink", ()): lambda x: np.tanh(x) ** 2,
     ("elu", ()): lambda x: np.where(x > 0, 1, np.exp(x)),
     ("elu", (("alpha", 1.7),)): lambda x: np.where(x > 0, 1, 1.7 * np.exp(x)),
     ("celu", (("alpha", 0.5),)): lambda x: np.where(x > 0, 1, np.exp(x / 0.5)),
@@ -56,4 +58,9 @@ SLOPES = {
     ("hardtanh", ()): lambda x: np.where((x > -1) & (x < 1), 1, 0),
     ("hardtanh", (("min_val", -0.5), ("max_val", 2.0))): lambda x: np.where((x > -0.5) & (x < 2), 1, 0),
     ("hardsigmoid", ()): lambda x: np.where((x > -3) & (x < 3), 1 / 6, 0),
+    ("hardshrink", ()): lambda x: np.where(np.abs(x) > 0.5, 1, 0),
+    ("hardshrink", (("lambd", 1.2),)): lambda x: np.where(np.abs(x) > 1.2, 1, 0),
+    ("softshrink", ()): lambda x: np.where(np.abs(x) > 0.5, 1, 0),
+    ("softshrink", (("lambd", 0.0),)): lambda x: np.where(np.abs(x) > 0, 1, 0),
+    ("threshold", (("threshold", -0.5), ("value", 20.0))): lambda x: np.where(x > -0.5, 1, 0),
 }

@@ -41,6 +41,7 @@ _MODULES = {
 } | {
     "leakyrelu": "LeakyReLU",
     "logsigmoid": "LogSigmoid",
+    "threshold": "Threshold",
     "sigmoid": "Sigmoid",
     "prelu": "PReLU",
     "nativelayernorm": "LayerNorm",
@@ -128,10 +129,11 @@ def list_uncovered(model: nn.Module, records: Iterable[LayerRecord], report: Cos
     found = []
     for cost in report.operations:
         module = modules.get(cost.module)
-        is_attention = "dot_product" in cost.operation
-        if not cost.saved_bytes or cost.operation in own or (isinstance(module, SketchedLayer) and not is_attention):
+        # A layer of whose stored tensors nothing was asked holds what it is meant to.
+        is_meant = isinstance(module, SketchedLayer) and module._cheapgrad.plan.stored is None
+        if not cost.saved_bytes or cost.operation in own or (is_meant and not _is_attention(cost.operation, module)):
             continue
-        reason = _ATTENTION if is_attention else _reason(cost.operation, module, remarks.get(cost.module, ""))
+        reason = _reason(cost.operation, module, remarks.get(cost.module, ""))
         kind = kinds.get(cost.module, "")
         found.append(HeldElsewhere(cost.module, kind, cost.operation, cost.saved_bytes, reason))
     return tuple(sorted(found, key=lambda each: -each.held_bytes))
@@ -144,7 +146,28 @@ def _own_functions(base: type = torch.autograd.Function) -> Iterator[str]:
         yield from _own_functions(cls)
 
 
+def _is_attention(operation: str, module: nn.Module | None) -> bool:
+    return "dot_product" in operation or isinstance(module, nn.MultiheadAttention)
+
+
+def _why_stock(module: SketchedLayer) -> str:
+    """Return why PyTorch's own code ran in a converted layer."""
+    name = module._cheapgrad.original_class.__name__
+    if not module.training:
+        return f"{name} is in eval() mode, where PyTorch's own code runs"
+    if getattr(module, "inplace", False):
+        return (
+            "in place over a view, or between layers that are no chain: PyTorch's own code ran; "
+            f"{name}(inplace=False) is reached"
+        )
+    return f"PyTorch's own code ran: {name} has no sketched one for this input"
+
+
 def _reason(operation: str, module: nn.Module | None, remark: str) -> str:
+    if _is_attention(operation, module):
+        return _ATTENTION
+    if isinstance(module, SketchedLayer):
+        return _why_stock(module)
     name = operation.removeprefix("aten::").replace("_", "").lower()
     if remark:
         return remark

@@ -59,6 +59,12 @@ def _log_sigmoid_backward(grad: Tensor, x: Tensor, options: Options) -> Tensor:
     return grad * torch.sigmoid(-x)
 
 
+def _softsign_backward(grad: Tensor, x: Tensor, options: Options) -> Tensor:
+    # PyTorch has no kernel for it: these are the operations of its graph.
+    size = x.abs() + 1
+    return grad / size - grad * (x / size / size) * x.sgn()
+
+
 def _elu(x: Tensor, options: Options) -> Tensor:
     return functional.elu(x, options["alpha"])
 
@@ -71,7 +77,7 @@ def _gelu_written_out(x: Tensor, options: Options) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
-_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
 # Extremes of slopes, to the seventh digit; rounding beyond an end costs what a rounding costs.
 _GELU = (-0.1289042, 1.1289042, 1.0)
@@ -132,6 +138,12 @@ SMOOTH: dict[str, Smooth] = {
     "log_sigmoid": Smooth(
         lambda x, options: functional.logsigmoid(x), _log_sigmoid_backward, lambda options: (0.0, 1.0, 1.0)
     ),
+    "softsign": Smooth(lambda x, options: functional.softsign(x), _softsign_backward, lambda options: (0.0, 1.0, 1.0)),
+    "tanhshrink": Smooth(
+        lambda x, options: functional.tanhshrink(x),
+        lambda grad, x, options: grad - aten.tanh_backward(grad, torch.tanh(x)),
+        lambda options: (0.0, 1.0, 1.0),
+    ),
     "elu": Smooth(
         _elu,
         lambda grad, x, options: aten.elu_backward(grad, options["alpha"], 1.0, 1.0, False, x),
@@ -146,8 +158,8 @@ SMOOTH: dict[str, Smooth] = {
     ),
     "selu": Smooth(
         lambda x, options: functional.selu(x),
-        lambda grad, x, options: aten.elu_backward(grad, _SELU_ALPHA, _SELU_SCALE, 1.0, False, x),
-        lambda options: (0.0, _SELU_ALPHA * _SELU_SCALE, _SELU_SCALE),
+        lambda grad, x, options: aten.elu_backward(grad, SELU_ALPHA, SELU_SCALE, 1.0, False, x),
+        lambda options: (0.0, SELU_ALPHA * SELU_SCALE, SELU_SCALE),
     ),
 }
 
@@ -179,5 +191,24 @@ PIECEWISE_LINEAR: dict[str, PiecewiseLinear] = {
         # Slopes are 0 and 1/6.
         lambda ones, x, options: (aten.hardsigmoid_backward(ones, x) * 6 + 0.5).floor(),
         lambda grad, branch, options: aten.hardsigmoid_backward(grad, 6 - 6 * branch),
+    ),
+    "hardshrink": PiecewiseLinear(
+        lambda x, options: functional.hardshrink(x, options["lambd"]),
+        lambda ones, x, options: aten.hardshrink_backward(ones, x, options["lambd"]),
+        lambda grad, branch, options: aten.threshold_backward(grad, branch, 0),
+        defaults={"lambd": 0.5},
+    ),
+    "softshrink": PiecewiseLinear(
+        lambda x, options: functional.softshrink(x, options["lambd"]),
+        lambda ones, x, options: aten.softshrink_backward(ones, x, options["lambd"]),
+        lambda grad, branch, options: aten.threshold_backward(grad, branch, 0),
+        defaults={"lambd": 0.5},
+    ),
+    # PyTorch has no defaults here; with these it is a ReLU.
+    "threshold": PiecewiseLinear(
+        lambda x, options: functional.threshold(x, options["threshold"], options["value"]),
+        lambda ones, x, options: aten.threshold_backward(ones, x, options["threshold"]),
+        lambda grad, branch, options: aten.threshold_backward(grad, branch, 0),
+        defaults={"threshold": 0.0, "value": 0.0},
     ),
 }

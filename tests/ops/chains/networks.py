@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cheapgrad import Handle, Rule, approximate
 from cheapgrad.sketch import RowSample
@@ -44,9 +45,16 @@ ACTIVATIONS = {
     ("hardtanh", ()): nn.Hardtanh(),
     ("hardtanh", (("min_val", -0.5), ("max_val", 2.0))): nn.Hardtanh(-0.5, 2.0),
     ("hardsigmoid", ()): nn.Hardsigmoid(),
+    ("softsign", ()): nn.Softsign(),
+    ("tanhshrink", ()): nn.Tanhshrink(),
+    ("hardshrink", ()): nn.Hardshrink(),
+    ("hardshrink", (("lambd", 1.2),)): nn.Hardshrink(1.2),
+    ("softshrink", ()): nn.Softshrink(),
+    ("softshrink", (("lambd", 0.0),)): nn.Softshrink(0.0),
+    ("threshold", (("threshold", -0.5), ("value", 20.0))): nn.Threshold(-0.5, 20.0),
 }
 #: The functions that are recognised between converted layers.
-RECOGNISED = [key for key in ACTIVATIONS if key[0] not in ("log_sigmoid", "elu", "celu", "selu")]
+RECOGNISED = [key for key in ACTIVATIONS if key[0] not in ("log_sigmoid", "softsign", "tanhshrink", "threshold")]
 
 
 class Function(nn.Module):
@@ -59,6 +67,20 @@ class Function(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``f(x)``."""
         return self.__dict__["stock"](x)
+
+
+class Attention(nn.Module):
+    """Attention whose projections are as wide as their input, and keep it anyway."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the heads' outputs side by side."""
+        parts = self.project(self.norm(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        return functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
 
 
 def convert(model: nn.Module, cotangent: Any = HALF, **fields: Any) -> Handle:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.networks import Bottleneck, Encoder, LanguageModel, loss_of
@@ -83,30 +82,6 @@ def test_whole_networks_hold_what_they_hold_in_eager_mode(network):
     assert traced_bytes <= 1.2 * eager_bytes, (traced_bytes, eager_bytes)
     assert traced_bytes < 0.5 * exact_bytes
     assert (of_traced - exact).norm() < 2 * (of_eager - exact).norm()
-
-
-class Attention(nn.Module):
-    """Attention whose projections are as wide as their input, and keep it anyway."""
-
-    def __init__(self, width=64):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.project = nn.Linear(width, 3 * width)
-
-    def forward(self, x):
-        parts = self.project(self.norm(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
-        return functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_queries_keys_and_values_are_held_unless_they_are_computed_again(recompute):
-    model, x = Attention(), torch.randn(4, 32, 64, requires_grad=True)
-    convert(model, None, stored=StochasticRounding(8), recompute=recompute)
-    function = compiled(model)
-    function(x).sum().backward()
-    shapes = measure_held_bytes(lambda: function(x), exclude=[model, x]).storages
-    of_projections = 3 * x.numel() * x.element_size()
-    assert any(storage.storage_bytes == of_projections for storage in shapes) is not recompute
 
 
 def test_one_draw_of_rows_serves_the_whole_chain():

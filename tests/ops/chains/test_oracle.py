@@ -159,8 +159,8 @@ def test_all_rows_give_the_gradients_of_pytorch(build, dtype, monkeypatch):
         cotangent = torch.linspace(-1, 1, output.numel(), dtype=dtype).view_as(output)
         output.backward(cotangent)
         results.append([output.detach(), leaf.grad, *[parameter.grad for parameter in network.parameters()]])
-    if any(isinstance(module, nn.LogSigmoid) for module in model):
-        # Its kernel wants what only its own forward pass leaves behind.
+    if any(isinstance(module, (nn.LogSigmoid, nn.Softsign, nn.Tanhshrink)) for module in model):
+        # A kernel that wants what only its own forward pass leaves behind, and sums formed in another order.
         torch.testing.assert_close(*results)
     else:
         assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))

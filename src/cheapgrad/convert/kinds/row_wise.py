@@ -67,6 +67,8 @@ _ACTIVATIONS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.Sigmoid: ("sigmoid", ()),
     nn.Softplus: ("softplus", ("beta", "threshold")),
     nn.LogSigmoid: ("log_sigmoid", ()),
+    nn.Softsign: ("softsign", ()),
+    nn.Tanhshrink: ("tanhshrink", ()),
     nn.ELU: ("elu", ("alpha",)),
     nn.CELU: ("celu", ("alpha",)),
     nn.SELU: ("selu", ()),
@@ -75,6 +77,9 @@ _ACTIVATIONS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.ReLU6: ("relu6", ()),
     nn.Hardtanh: ("hardtanh", ("min_val", "max_val")),
     nn.Hardsigmoid: ("hardsigmoid", ()),
+    nn.Hardshrink: ("hardshrink", ("lambd",)),
+    nn.Softshrink: ("softshrink", ("lambd",)),
+    nn.Threshold: ("threshold", ("threshold", "value")),
 }
 
 
@@ -118,7 +123,14 @@ def norm_saved_bytes(strategy: AbstractStrategy | None, moment: Moment, shape: R
 def activation_shape(module: Any, x: Tensor, output: Tensor) -> RowShape:
     """Return the sizes of one use of an activation."""
     features = features_of(x.shape)
-    return RowShape(x.numel() // max(features, 1), features, x.numel() * x.element_size(), wants_input=x.requires_grad)
+    stock_bytes = _count_stock_tensors(module, x) * x.numel() * x.element_size()
+    return RowShape(x.numel() // max(features, 1), features, stock_bytes, wants_input=x.requires_grad)
+
+
+def _count_stock_tensors(module: Any, x: Tensor) -> int:
+    """Return how many tensors of the input's size PyTorch holds for an activation."""
+    holds_two = isinstance(module, nn.Softsign) or (isinstance(module, nn.LogSigmoid) and x.device.type == "cpu")
+    return 2 if holds_two else 1
 
 
 def activation_bytes(name: str) -> Callable[[AbstractStrategy | None, Moment, RowShape], float]:

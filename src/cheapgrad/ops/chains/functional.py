@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C import _autograd  # type: ignore[attr-defined] - private, and the only way to see the hooks around
 
+from cheapgrad.ops._activation_table import SELU_ALPHA, SELU_SCALE
 from cheapgrad.ops.activation import Activation
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.chain import Chain, Link, chain_of_node, settle
@@ -17,8 +18,20 @@ from cheapgrad.ops.chains.rebuilding import current_scope
 from cheapgrad.ops.chains.watching import is_observed
 from cheapgrad.sketch import AbstractStrategy
 
+
+def _leaky_relu(node: Any) -> Activation:
+    return Activation("leaky_relu", (("negative_slope", float(node._saved_negative_slope)),))
+
+
+def _elu(node: Any) -> Activation | None:
+    if (node._saved_scale, node._saved_input_scale) == (1, 1):
+        return Activation("elu", (("alpha", float(node._saved_alpha)),))
+    is_selu = (node._saved_alpha, node._saved_scale, node._saved_input_scale) == (SELU_ALPHA, SELU_SCALE, 1)
+    return Activation("selu") if is_selu else None
+
+
 # Name of the autograd node -> the activation it stands for.
-_NODES: dict[str, Callable[[Any], Activation]] = {
+_NODES: dict[str, Callable[[Any], Activation | None]] = {
     "GeluBackward0": lambda node: Activation("gelu", (("approximate", node._saved_approximate),)),
     "SiluBackward0": lambda node: Activation("silu"),
     "MishBackward0": lambda node: Activation("mish"),
@@ -27,16 +40,21 @@ _NODES: dict[str, Callable[[Any], Activation]] = {
     "TanhBackward0": lambda node: Activation("tanh"),
     "SigmoidBackward0": lambda node: Activation("sigmoid"),
     "ReluBackward0": lambda node: Activation("relu"),
+    "EluBackward0": _elu,
+    "CeluBackward0": lambda node: Activation("celu", (("alpha", float(node._saved_alpha)),)),
     "SoftplusBackward0": lambda node: Activation(
         "softplus", (("beta", float(node._saved_beta)), ("threshold", float(node._saved_threshold)))
     ),
-    "LeakyReluBackward0": lambda node: Activation(
-        "leaky_relu", (("negative_slope", float(node._saved_negative_slope)),)
-    ),
+    "LeakyReluBackward0": _leaky_relu,
+    "LeakyReluBackward1": _leaky_relu,
+    "HardshrinkBackward0": lambda node: Activation("hardshrink", (("lambd", float(node._saved_lambd)),)),
+    "SoftshrinkBackward0": lambda node: Activation("softshrink", (("lambd", float(node._saved_lambd)),)),
     "HardtanhBackward0": lambda node: Activation(
         "hardtanh", (("min_val", float(node._saved_min_val)), ("max_val", float(node._saved_max_val)))
     ),
 }
+# Their nodes hold the output, which the slopes here are not read from, or do not say all options.
+_UNREADABLE_IN_PLACE = frozenset({"elu", "celu", "selu", "threshold"})
 
 
 def recognises(node: Any) -> bool:
@@ -46,6 +64,15 @@ def recognises(node: Any) -> bool:
         node: of the autograd graph.
     """
     return node.name() in _NODES
+
+
+def recognises_in_place(activation: Activation) -> bool:
+    """Tell whether an activation that overwrites its input joins a chain: its node says what the slopes were.
+
+    Args:
+        activation: which one.
+    """
+    return activation.name not in _UNREADABLE_IN_PLACE
 
 
 def recognise_chain(x: Tensor, stored: AbstractStrategy | None) -> Chain | None:
@@ -87,8 +114,9 @@ def read_activation(node: Any) -> tuple[ActivationStage, Tensor] | None:
     except RuntimeError:
         # Freed by a backward pass, or overwritten: autograd will say so if it matters.
         return None
+    activation = _NODES[node.name()](node)
     # Of an activation whose derivative is a function of the output, the output is held.
-    return ActivationStage(_NODES[node.name()](node), keeps_output=not reads_input), held.detach()
+    return None if activation is None else (ActivationStage(activation, keeps_output=not reads_input), held.detach())
 
 
 def shows_saved_tensors() -> bool:

@@ -14,7 +14,7 @@ from cheapgrad.ops.activations import may_be_overwritten, overwriting_activation
 from cheapgrad.ops.chains.activation_stage import ActivationStage
 from cheapgrad.ops.chains.chain import Chain, Link, attach_chain, chain_of, held_root, let_rebuild, run_stage, settle
 from cheapgrad.ops.chains.dropout_stage import DropoutStage
-from cheapgrad.ops.chains.functional import recognise_chain
+from cheapgrad.ops.chains.functional import recognise_chain, recognises_in_place
 from cheapgrad.ops.chains.gated import recognise_gate
 from cheapgrad.ops.chains.linear_stage import LinearStage, present
 from cheapgrad.ops.chains.norm_stage import LayerNormStage
@@ -170,8 +170,9 @@ def overwrite(x: Tensor, plan: Plan, activation: Activation) -> Tensor:
     """
     if is_held_back(plan):
         return call_in_place(x, plan, *activation.texts(), numbers=activation.numbers())
-    # A chain passes through the stock operation: the next linear layer recognises it.
-    if plan.stored is None or not x.numel() or chain_of(x) is not None or not may_be_overwritten(x):
+    # A chain passes through the stock operation if the next linear layer recognises it.
+    is_passed = recognises_in_place(activation) and chain_of(x) is not None
+    if plan.stored is None or not x.numel() or is_passed or not may_be_overwritten(x):
         return getattr(torch.nn.functional, activation.name)(x, **dict(activation.options), inplace=True)
     return overwriting_activation(x, activation, plan.stored)
 

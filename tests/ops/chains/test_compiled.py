@@ -16,19 +16,13 @@ from cheapgrad import Rule, approximate, recipes
 from cheapgrad.cost import measure_held_bytes
 from cheapgrad.ops.chains.operator import plan_text
 from cheapgrad.sketch import RowSample, StochasticRounding, random
-from tests.ops.chains.networks import choose_all_rows, convert
-from tests.ops.chains.test_safety import NAMES, WIDTH, Network, Shared, every_activation, gradients, pair, shared
+from tests.ops.chains.networks import convert
+from tests.ops.chains.small_networks import NAMES, WIDTH, Network, Shared, every_activation, gradients, pair, shared
 
 
 @pytest.fixture(autouse=True)
 def forget_graphs():
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def full(monkeypatch):
-    """Keep all rows: every gradient is to be PyTorch's."""
-    choose_all_rows(monkeypatch)
 
 
 def compiled(function, backend="aot_eager", **options):

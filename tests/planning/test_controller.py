@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import cheapgrad
 from cheapgrad.auditing import measure_gradient_moments
-from cheapgrad.errors import BudgetError, ControlError, NoMatchError, PlacementError
+from cheapgrad.errors import BudgetError, ControlError, ConversionError, NoMatchError, PlacementError
 from cheapgrad.planning.controller import Controller
 from cheapgrad.planning.controller_curve import KEEPS, draw_curve, relative_variance
 from cheapgrad.planning.controller_law import NoiseSchedule, find_shift, round_keep, shift_keep
@@ -239,6 +239,16 @@ def test_states_of_other_models_are_refused() -> None:
         controller.load_state_dict(other.state_dict())
     with pytest.raises(ControlError, match="curves, followers, history"):
         controller.load_state_dict({"step": 1})
+
+
+def test_no_handle_and_a_reverted_one_are_named() -> None:
+    model, handle, controller = _setup()
+    with pytest.raises(ControlError, match="but got _Tokens"):
+        Controller(model)  # type: ignore[arg-type]
+    _step(model, controller, torch.Generator().manual_seed(0))
+    handle.revert()
+    with pytest.raises(ConversionError, match="revert"):
+        controller.step()
 
 
 def test_replaced_strategies_must_fit_the_layer() -> None:

@@ -132,7 +132,12 @@ class Handle:
         )
 
     def seen_sizes(self) -> dict[str, Any]:
-        """Return the sizes of every converted layer's last training pass, by the layer's name; None before one."""
+        """Return the sizes of every converted layer's last training pass, by the layer's name; None before one.
+
+        Raises:
+            ConversionError: if the handle was reverted.
+        """
+        self._check_live()
         return {name: module._cheapgrad.shape for name, module in self._converted()}
 
     def predict(self, closure: Callable[[], Tensor]) -> tuple[LayerRecord, ...]:

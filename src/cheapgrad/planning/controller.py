@@ -23,7 +23,7 @@ from cheapgrad.planning.controller_law import (
 )
 from cheapgrad.planning.controller_memory import recall, remember
 from cheapgrad.planning.controller_pass import TOTALS
-from cheapgrad.planning.controller_settings import check_keeps, check_settings, describe_settings
+from cheapgrad.planning.controller_settings import check_keeps, check_settings, describe_settings, find_row_samples
 from cheapgrad.planning.controller_share import has_ranks, share_trial
 from cheapgrad.planning.controller_trial import Look, Trial, TrialDesign
 from cheapgrad.sketch import LayerShape, RowSample
@@ -97,7 +97,7 @@ class Controller:
         obstacle: why the latest look was left out, or in part; an empty string if it was not.
 
     Raises:
-        ControlError: no layer samples rows of its cotangent, or a number out of range.
+        ControlError: `handle` is no `Handle`, no layer samples rows of its cotangent, or a number out of range.
         BudgetError: if `every` or `least_keep` is out of range.
 
     >>> import torch, cheapgrad
@@ -137,12 +137,7 @@ class Controller:
         self._settings = describe_settings(self._schedule or self._noise, self._every, self._least_keep, self._seed)
         self._handle = handle
         self._group = process_group
-        self._base = {name: value for name, value in handle.strategies().items() if isinstance(value, RowSample)}
-        if not self._base:
-            raise ControlError(
-                "no converted layer samples rows of its cotangent, so there is nothing to control; convert with e.g. "
-                "cheapgrad.Rule(cotangent=cheapgrad.sketch.RowSample(keep=0.5))"
-            )
+        self._base = find_row_samples(handle)
         self._step = 0
         self._shift = 0.0
         self._misses = 0
@@ -166,7 +161,11 @@ class Controller:
 
     @property
     def noise(self) -> float | None:
-        """Estimate of ω at the present budgets; None before the first trial."""
+        """Estimate of ω at the budgets that were chosen last; None before the first trial.
+
+        They are chosen so that it is the target, unless no budget in range reaches it; what was found at the budgets
+        before is in `history`.
+        """
         return self._measured
 
     @property

@@ -26,7 +26,7 @@ from cheapgrad.planning.controller_pass import TOTALS
 from cheapgrad.planning.controller_settings import check_keeps, check_settings, describe_settings, find_row_samples
 from cheapgrad.planning.controller_share import has_ranks, share_trial
 from cheapgrad.planning.controller_trial import Look, Trial, TrialDesign
-from cheapgrad.sketch import LayerShape, RowSample
+from cheapgrad.sketch import LayerShape
 
 # A trial at each of the first steps, then at every second one, then at every `every`-th.
 _DENSE_STEPS, _HALF_DENSE_STEPS = 8, 32

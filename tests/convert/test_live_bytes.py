@@ -8,8 +8,7 @@ from torch import nn
 
 from benchmarks.networks import DecoderBlock, EncoderBlock
 from cheapgrad import approximate, recipes
-from cheapgrad.cost import measure_held_bytes
-from tests.oracles.live_storages import LiveStorages
+from tests.oracles.live_storages import assert_nothing_is_uncounted
 
 WIDTH = 128
 
@@ -27,19 +26,5 @@ def test_nothing_is_alive_that_is_not_counted(name, recipe):
     model, x = networks()[name], torch.randn(4, 16, WIDTH)
     approximate(model, recipe, skip_small=False)
 
-    def forward():
-        # A stock layer at the end: the norm before it is joined by nobody.
-        return model(x).square().mean()
-
-    # The second step is like all that follow.
-    forward().backward()
-    held = measure_held_bytes(forward, exclude=[model, x]).total_bytes
-    watch = LiveStorages()
-    with watch:
-        loss = forward()
-    alive = watch.live_bytes(without=[x, *model.parameters()])
-    # The loss itself and other single numbers.
-    assert held <= alive <= held + 256, (held, alive)
-    loss.backward()
-    del loss
-    assert watch.live_bytes(without=[x, *model.parameters(), *(p.grad for p in model.parameters())]) <= 256
+    # A stock layer at the end: the norm before it is joined by nobody.
+    assert_nothing_is_uncounted(model, x, lambda: model(x).square().mean())

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from cheapgrad import approximate, recipes
 from cheapgrad.cost import measure_held_bytes
 from tests.ops.chains.networks import choose_all_rows, convert
-from tests.oracles.live_storages import LiveStorages
+from tests.oracles.live_storages import assert_nothing_is_uncounted
 
 ROWS, HIDDEN, CLASSES = 32, 160, 10
 READ_OUTPUT = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
@@ -77,20 +77,7 @@ def test_nothing_is_alive_that_is_not_counted(make):
     model = perceptron(make)
     approximate(model, recipes.speed(0.3))
     x = torch.randn(ROWS, HIDDEN)
-
-    def compute_loss():
-        return model(x).square().mean()
-
-    compute_loss().backward()
-    held = measure_held_bytes(compute_loss, exclude=[model, x]).total_bytes
-    watch = LiveStorages()
-    with watch:
-        loss = compute_loss()
-    alive = watch.live_bytes(without=[x, *model.parameters()])
-    assert held <= alive <= held + 256, (held, alive)
-    loss.backward()
-    del loss
-    assert watch.live_bytes(without=[x, *model.parameters(), *(p.grad for p in model.parameters())]) <= 256
+    assert_nothing_is_uncounted(model, x, lambda: model(x).square().mean())
 
 
 @every_module

@@ -47,6 +47,11 @@ class Finding:
 
 
 Judge = Callable[[TaskResults], Finding | None]
+# Labels of methods of equal budget.
+_DATA_DEPENDENT_AND_UNIFORM = (
+    ("recipes.speed({})", "uniform masks, rows {}"),
+    ("cotangent columns {} (data-dependent diagonal)", "uniform masks, columns {}"),
+)
 # A setting, and its time to the target by seed.
 _Timed = tuple[Row, dict[int, float]]
 
@@ -198,34 +203,42 @@ def _wins(sign: float, p_value: float, comparison: Comparison) -> bool:
 
 
 def _find_uniform(results: TaskResults) -> list[tuple[Row, Row]]:
-    """Return pairs of equal budget, data-dependent rows before uniform ones."""
+    """Return pairs of equal budget on one axis, the data-dependent sketch before the uniform one.
+
+    The recipe samples no rows of a convolution; there the pairs are of columns.
+    """
     pairs = []
     for row in results.rows:
-        other = results.find_row(f"uniform masks, rows {row.budget}")
-        if row.label == f"recipes.speed({row.budget})" and not row.is_tuned and row.runs and other and other.runs:
-            pairs.append((row, other))
+        for ours, theirs in _DATA_DEPENDENT_AND_UNIFORM:
+            other = results.find_row(theirs.format(row.budget))
+            if row.label == ours.format(row.budget) and not row.is_tuned and row.runs and other and other.runs:
+                pairs.append((row, other))
     return pairs
 
 
+def _name(row: Row) -> str:
+    return f"{row.budget} of the {'columns' if 'columns' in row.label else 'rows'}"
+
+
 def judge_uniform_noise(results: TaskResults) -> Finding | None:
-    """Judge the added variance of data-dependent rows beside uniform ones."""
+    """Judge the added variance of data-dependent sketches beside uniform ones."""
     pairs = [(row, other) for row, other in _find_uniform(results) if row.omegas and other.omegas]
     if not pairs:
         return None
     means = [(row, summarise(row.omegas)[0], summarise(other.omegas)[0]) for row, other in pairs]
-    text = ", ".join(f"{ours:.2g} against {theirs:.2g} at {row.budget}" for row, ours, theirs in means)
+    text = ", ".join(f"{ours:.2g} against {theirs:.2g} at {_name(row)}" for row, ours, theirs in means)
     return Finding(all(ours < theirs for _, ours, theirs in means), text, min(len(row.runs) for row, _ in pairs))
 
 
 def judge_uniform_loss(results: TaskResults) -> Finding | None:
-    """Judge the loss on test data of data-dependent rows beside uniform ones."""
-    compared = {row.budget: compare_rows(results, row, other, "test_loss") for row, other in _find_uniform(results)}
-    found = {str(budget): comparison for budget, comparison in compared.items() if comparison is not None}
+    """Judge the loss on test data of data-dependent sketches beside uniform ones."""
+    compared = {_name(row): compare_rows(results, row, other, "test_loss") for row, other in _find_uniform(results)}
+    found = {name: comparison for name, comparison in compared.items() if comparison is not None}
     if not found:
         return None
     # The best of several budgets is a choice too.
-    adjusted = correct_for_many({budget: comparison.p_value for budget, comparison in found.items()})
-    best = max(found, key=lambda budget: (_wins(-1.0, adjusted[budget], found[budget]), -found[budget].mean))
+    adjusted = correct_for_many({name: comparison.p_value for name, comparison in found.items()})
+    best = max(found, key=lambda name: (_wins(-1.0, adjusted[name], found[name]), -found[name].mean))
     comparison = found[best]
     is_known = comparison.low > 0 or comparison.high < 0
     side = ("lower" if comparison.mean < 0 else "higher") if is_known else "no difference found"

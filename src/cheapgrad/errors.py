@@ -235,6 +235,10 @@ class NoEffectWarning(UserWarning):
     """A call had no effect on the model, for the reasons listed."""
 
 
+class ControlWarning(UserWarning):
+    """A controller's estimate may be off on this model, for the reason given."""
+
+
 class FusingWarning(UserWarning):
     """Codecs were to be fused, and there is no compiler or it failed: what is named runs unfused."""
 

@@ -133,7 +133,7 @@ def test_moving_and_casting_a_converted_model_works():
 def test_get_handle_refuses_what_has_no_one_handle():
     with pytest.raises(ModelTypeError, match=r"must be a torch\.nn\.Module, but got 'network' of type str"):
         get_handle("network")
-    with pytest.raises(ConversionError, match="layers of 0 conversions"):
+    with pytest.raises(ConversionError, match="no converted layer"):
         get_handle(Network())
     model = Network()
     convert(model, "blocks.0.*")

@@ -215,6 +215,22 @@ def test_uniform_rows_are_compared_at_equal_budget_and_everywhere():
     assert judge_uniform_noise(make_results("ViT", task.rows[:1])) is None
 
 
+def test_uniform_columns_are_compared_with_columns_not_rows():
+    columns = [
+        make_row("exact", "exact"),
+        make_row(
+            "cotangent columns 0.3 (data-dependent diagonal)", "data-dependent diagonal", omega=0.2, loss=[1.0] * 5
+        ),
+        make_row("uniform masks, columns 0.3", "uniform columns", omega=0.4, loss=[1.5, 1.51, 1.49, 1.5, 1.52]),
+    ]
+    found = judge_uniform_noise(make_results("BagNet", columns))
+    assert found.is_reached
+    assert found.text == "0.2 against 0.4 at 0.3 of the columns"
+    assert judge_uniform_loss(make_results("BagNet", columns)).is_reached
+    rows = make_row("uniform masks, rows 0.3", "uniform rows", omega=0.1)
+    assert judge_uniform_noise(make_results("BagNet", [*columns[:2], rows])) is None
+
+
 def test_theory_needs_a_method_that_can_tell():
     task = make_task("ViT")
     assert judge_theory(task).is_reached

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import cheapgrad
 from cheapgrad.auditing import measure_gradient_moments
-from cheapgrad.errors import BudgetError, ControlError, ConversionError, NoMatchError, PlacementError
+from cheapgrad.errors import BudgetError, ControlError, ControlWarning, ConversionError, NoMatchError, PlacementError
 from cheapgrad.planning.controller import Controller
 from cheapgrad.planning.controller_curve import KEEPS, draw_curve, relative_variance
 from cheapgrad.planning.controller_law import NoiseSchedule, find_shift, round_keep, shift_keep
@@ -260,3 +261,44 @@ def test_replaced_strategies_must_fit_the_layer() -> None:
     handle.replace_strategies({"head": RowSample(0.125)})
     assert handle.strategies()["head"] == RowSample(0.125)
     assert next(row for row in handle.rows if row.name == "head").cotangent == "RowSample(keep=0.125)"
+
+
+def test_second_controller_takes_over() -> None:
+    model, handle, first = _setup(keep=0.5, noise=0.2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        _loss(model, _batch(generator)).backward()
+        first.step()
+    assert first.keep != pytest.approx(0.5, abs=1e-3), "else there is nothing to put back"
+    second = Controller(handle, noise=0.2)
+    second.load_state_dict(first.state_dict())
+    assert second.keeps == first.keeps
+    fresh = Controller(handle, noise=0.2)
+    assert fresh.keeps == dict.fromkeys(fresh.keeps, 0.5)
+    assert not any(isinstance(value.design, TrialDesign) for value in fresh._base.values())
+    for relieved in (first, second):
+        with pytest.raises(ControlError, match="another controller"):
+            relieved.step()
+    _loss(model, _batch(generator)).backward()
+    fresh.step()
+    assert fresh.history, "its trial is that of the pass"
+
+
+def test_controller_refused_for_its_arguments_takes_nothing_over() -> None:
+    model, handle, controller = _setup()
+    with pytest.raises(BudgetError):
+        Controller(handle, least_keep=0.0)
+    _loss(model, _batch(torch.Generator().manual_seed(0))).backward()
+    controller.step()
+    assert controller.history
+
+
+def test_batch_norm_is_said() -> None:
+    model = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.ReLU(), nn.Linear(D, D))
+    handle = cheapgrad.approximate(model, cheapgrad.Rule("*", cotangent=RowSample(0.5)), skip_small=False)
+    with pytest.warns(ControlWarning, match="'1' normalise"):
+        Controller(handle)
+    model[1].eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Controller(handle)

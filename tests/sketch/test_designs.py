@@ -263,3 +263,28 @@ def test_the_ends_of_the_unit_interval_keep_systematic_at_its_size(start, seed):
     index = Systematic().select(probabilities, (order, torch.tensor([start], dtype=torch.float64)), 37)
     assert index.unique().shape == (37,)
     assert (probabilities[index] > 0).all()
+
+
+@pytest.mark.parametrize("design", [Systematic(), IN_ORDER, OrderedPivotal()], ids=repr)
+@pytest.mark.parametrize("kind", ["spread", "steep", "equal", "zeros"])
+def test_one_line_alone_is_drawn_as_among_others(design, kind):
+    generator = torch.Generator().manual_seed(7)
+    shapes = {
+        "spread": lambda s: s,
+        "steep": lambda s: s**8,
+        "equal": torch.ones_like,
+        "zeros": lambda s: s * (s > 0.6),
+    }
+    for _ in range(200):
+        size = int(torch.randint(1, 60, (), generator=generator))
+        count = int(torch.randint(1, size + 1, (), generator=generator))
+        probabilities = water_filling(shapes[kind](torch.rand(size, generator=generator, dtype=torch.float64)), count)
+        numbers = torch.rand(2 * size, generator=generator, dtype=torch.float64)
+        randomness = (numbers,)
+        if isinstance(design, Systematic):
+            randomness = (numbers[:size].argsort(), numbers[-1:]) if design.permute else (numbers[-1:],)
+        alone = design.select(probabilities, randomness, count)
+        among = design.select(probabilities.expand(2, -1), tuple(part.expand(2, -1) for part in randomness), count)
+        # Where the order of a draw means nothing, it may differ.
+        assert torch.equal(alone.sort().values, among[0].sort().values)
+        assert torch.equal(among[0], among[1])

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cheapgrad.convert.sketched_layer import SketchedLayer
+from cheapgrad.seeding import seed_torch
 
 
 @contextlib.contextmanager
@@ -31,10 +32,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def seed_all(seed: int) -> None:
     """Seed every generator that a forward pass may use: PyTorch's on all devices, Python's and NumPy's."""
-    # What torch.manual_seed does on devices in use; for others it writes a stack trace down, which takes milliseconds.
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
+    seed_torch(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % (1 << 32))

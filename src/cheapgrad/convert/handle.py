@@ -324,6 +324,8 @@ def get_handle(model: nn.Module) -> Handle:
         raise ModelTypeError(f"model must be a torch.nn.Module, but got {model!r} of type {type(model).__name__}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SketchedLayer)}
     switches = {id(module._cheapgrad.switch): module._cheapgrad.switch for module in layers.values()}
+    if not layers:
+        raise ConversionError("the model has no converted layer; convert it with cheapgrad.approximate(model, rules)")
     if len(switches) != 1:
         raise ConversionError(
             f"the model has layers of {len(switches)} conversions, so there is no one handle; "

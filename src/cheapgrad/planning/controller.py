@@ -13,6 +13,7 @@ from torch import Tensor
 from cheapgrad.convert import Handle
 from cheapgrad.errors import ControlError, check_count, check_fraction
 from cheapgrad.planning.adam_correction import adam_learning_rate_factor
+from cheapgrad.planning.controller_claim import Claim
 from cheapgrad.planning.controller_law import (
     NoiseSchedule,
     check_noise,
@@ -23,7 +24,7 @@ from cheapgrad.planning.controller_law import (
 )
 from cheapgrad.planning.controller_memory import recall, remember
 from cheapgrad.planning.controller_pass import TOTALS
-from cheapgrad.planning.controller_settings import check_keeps, check_settings, describe_settings, find_row_samples
+from cheapgrad.planning.controller_settings import check_keeps, check_settings, describe_settings
 from cheapgrad.planning.controller_share import has_ranks, share_trial
 from cheapgrad.planning.controller_trial import Look, Trial, TrialDesign
 from cheapgrad.sketch import LayerShape
@@ -78,7 +79,8 @@ class Controller:
     budget; all budgets are then shifted together, by a common factor of their odds.
 
     Args:
-        handle: of a model with `RowSample` on the cotangent of some layers.
+        handle: of a model with `RowSample` on the cotangent of some layers. A controller made for it before is
+            relieved, and the keep fractions are those of the conversion again.
         noise: target ω = added variance ÷ mini-batch variance, or a `NoiseSchedule`.
         every: steps between trials, at least 1, after the first ones, which follow closely.
         least_keep: no keep fraction falls below it, in (0, 1].
@@ -137,7 +139,8 @@ class Controller:
         self._settings = describe_settings(self._schedule or self._noise, self._every, self._least_keep, self._seed)
         self._handle = handle
         self._group = process_group
-        self._base = find_row_samples(handle)
+        self._claim = Claim(handle)
+        self._base = self._claim.strategies
         self._step = 0
         self._shift = 0.0
         self._misses = 0
@@ -193,9 +196,11 @@ class Controller:
         """Take in what the backward passes since the last call showed, and set the budgets of the next step.
 
         Raises:
-            ControlError: if several trials in a row showed nothing; the message says why.
+            ControlError: if several trials in a row showed nothing; the message says why. If another controller was
+                made for the handle since.
             ConversionError: if the handle was reverted.
         """
+        self._claim.check(self._handle)
         sizes = self._handle.seen_sizes()
         rows = {name: shape.rows for name in self._base if isinstance(shape := sizes[name], LayerShape)}
         if not has_ranks():

@@ -6,32 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from cheapgrad.convert import Handle
 from cheapgrad.errors import ControlError
 from cheapgrad.planning.controller_law import NoiseSchedule
-from cheapgrad.sketch import RowSample
-
-
-def find_row_samples(handle: Any) -> dict[str, RowSample]:
-    """Return the strategies that a controller of this handle steers, by layer.
-
-    Args:
-        handle: what `cheapgrad.approximate` returned.
-
-    Raises:
-        ControlError: if it is something else, or no layer samples rows of its cotangent.
-    """
-    if not isinstance(handle, Handle):
-        raise ControlError(
-            f"a controller steers what cheapgrad.approximate(model, rules) returns, but got {type(handle).__name__}"
-        )
-    found = {name: value for name, value in handle.strategies().items() if isinstance(value, RowSample)}
-    if not found:
-        raise ControlError(
-            "no converted layer samples rows of its cotangent, so there is nothing to control; convert with e.g. "
-            "cheapgrad.Rule(cotangent=cheapgrad.sketch.RowSample(keep=0.5))"
-        )
-    return found
 
 
 def describe_settings(noise: float | NoiseSchedule, every: int, least_keep: float, seed: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cheapgrad.convert import Rule, approximate
 from cheapgrad.cost import CostReport, scan
 from cheapgrad.planning.passes import LossFunction, Step
+from cheapgrad.seeding import seed_torch
 
 
 class _Whole(nn.Module):
@@ -34,7 +35,7 @@ def count_costs(step: Step, batch: Any) -> CostReport:
         batch: the batch.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(step.seed)
+        seed_torch(step.seed)
         return scan(_Whole(step.model, step.loss_fn), batch)
 
 

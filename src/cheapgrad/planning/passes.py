@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from cheapgrad.convert.wrappers import unwrap
 from cheapgrad.cost._preparation import undisturbed
 from cheapgrad.errors import BatchOrderError, LossError, NondeterministicLossError
+from cheapgrad.seeding import seed_torch
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -51,7 +52,7 @@ class Step:
         Raises:
             LossError: if it is no scalar that requires grad.
         """
-        torch.manual_seed(self.seed)
+        seed_torch(self.seed)
         loss = self.loss_fn(self.model, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not (loss.requires_grad or not torch.is_grad_enabled()):
             raise LossError(

@@ -19,6 +19,7 @@ from cheapgrad.planning.parts import Choice, Group, Unit
 from cheapgrad.planning.passed_down import Noise, PassedDown, row_norms
 from cheapgrad.planning.passes import Step, names_of_dropouts
 from cheapgrad.planning.row_noise import draw_weights
+from cheapgrad.seeding import seed_torch
 from cheapgrad.sketch import Moment
 
 _DRAW_SEED = 20240701
@@ -284,7 +285,7 @@ def _draw_gradient(
 
     def reseed() -> list[Tensor]:
         # The forward pass is the exact one, dropout included; rows are drawn in the backward pass.
-        torch.manual_seed(seed)
+        seed_torch(seed)
         return []
 
     try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,12 +55,14 @@ class OrderedPivotal(AbstractFixedSizeDesign):
     def select(self, probabilities: Tensor, randomness: tuple[Tensor, ...], count: int) -> Tensor:
         """Return the chosen indices for given numbers."""
         (numbers,) = randomness
+        if probabilities.dim() == 1 and is_plain(probabilities) and is_plain(numbers):
+            return torch.from_numpy(_select_array(probabilities.numpy(), numbers.numpy(), count))
         spots, duels = numbers[..., :count], numbers[..., count : 2 * count]
         cells = _cut(probabilities, count)
         # A point of the part that the cell's end does not cut: its atom is left over.
         point = spots * cells.settled
         comes_over = (point < cells.carried) | (cells.first > cells.last)
-        inner = _search(cells.ends, cells.number + point, "right")
+        inner = torch.searchsorted(cells.ends, cells.number + point, side="right")
         inner = torch.minimum(torch.maximum(inner, cells.first), cells.last).clamp(min=0)
         border_is_taken = (duels < cells.border_chance) | (cells.settled <= 0)
         # Who comes into the next cell; where the arrival won again, whoever came into the last cell without that.
@@ -144,9 +146,9 @@ class _Cells:
 
 def _cut(probabilities: Tensor, count: int) -> _Cells:
     ends = probabilities.cumsum(-1)
-    ends = ends * (count / ends[..., -1:])
+    ends = ends * (ends.new_full((), count) / ends[..., -1:])
     number = torch.arange(count, device=ends.device).expand(*ends.shape[:-1], count).contiguous()
-    border = _search(ends, (number + 1).to(ends.dtype), "left")
+    border = torch.searchsorted(ends, (number + 1).to(ends.dtype))
     # Rounding must not make an atom the border of two cells, nor leave too few for the last ones.
     border = (border - number).cummax(-1).values + number
     border = torch.minimum(border, ends.shape[-1] - count + number)
@@ -159,11 +161,31 @@ def _cut(probabilities: Tensor, count: int) -> _Cells:
     return _Cells(ends, number, border, first, border - 1, carried, settled, chance)
 
 
-def _search(ends: Tensor, points: Tensor, side: Literal["left", "right"]) -> Tensor:
-    if ends.dim() == 1 and is_plain(ends) and is_plain(points):
-        # PyTorch's opens a parallel region, which a layer would wait for.
-        return torch.from_numpy(ends.numpy().searchsorted(points.numpy(), side=side))
-    return torch.searchsorted(ends, points, side=side)
+def _select_array(probabilities: np.ndarray, numbers: np.ndarray, count: int) -> np.ndarray:
+    """Do what `OrderedPivotal.select` does for one line of atoms, in a quarter of the time."""
+    number = np.arange(count)
+    ends = probabilities.cumsum()
+    ends *= count / ends[-1]
+    border = np.maximum.accumulate(ends.searchsorted(number + 1.0) - number)
+    border = np.minimum(border, ends.size - count) + number
+    before = np.where(border > 0, ends[border - 1], 0.0)
+    settled = np.minimum(np.maximum(before - number, 0.0), 1.0)
+    rest = np.minimum(np.maximum(ends[border] - (number + 1), 0.0), 1.0)
+    first, carried = np.zeros(count, dtype=border.dtype), np.zeros(count)
+    first[1:], carried[1:] = border[:-1] + 1, rest[:-1]
+    stays = 1.0 - rest
+    chance = np.divide(1.0 - settled, stays, out=np.zeros(count), where=stays > 0)
+
+    point = numbers[:count] * settled
+    comes_over = (point < carried) | (first > border - 1)
+    inner = ends.searchsorted(number + point, side="right")
+    inner = np.maximum(np.minimum(np.maximum(inner, first), border - 1), 0)
+    border_is_taken = (numbers[count : 2 * count] < chance) | (settled <= 0)
+    leaves = np.where(border_is_taken, inner, border)
+    source = np.maximum.accumulate(np.where(border_is_taken & comes_over, 0, number))
+    arrival = np.empty_like(leaves)
+    arrival[:1], arrival[1:] = leaves[:1], leaves[source[:-1]]
+    return np.where(border_is_taken, border, np.where(comes_over, arrival, inner))
 
 
 def _chances_of_arrivals(cells: _Cells) -> list[float]:

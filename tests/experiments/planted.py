@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from dataclasses import replace
 
@@ -85,7 +86,7 @@ def make_row(
     fields = {
         "label": label,
         "family": family,
-        "budget": next((keep for keep in (0.5, 0.3, 0.1) if f"({keep})" in label or f"rows {keep}" in label), None),
+        "budget": float(found[0][2]) if (found := re.findall(r"(\(|(rows|columns) )(0\.\d)", label)) else None,
         "published": "",
         "is_biased": False,
         "is_tuned": False,

@@ -32,6 +32,18 @@ def held_bytes(model: nn.Module, batch: Batch) -> int:
     return measure_held_bytes(lambda: loss_fn(model, batch), exclude=[model]).total_bytes
 
 
+def count_backward_flops(model: nn.Module, batch: Batch) -> float:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch: Batch) -> torch.Tensor:
+            return loss_fn(self.model, batch)
+
+    return cheapgrad.scan(Whole(), batch).total.backward_flops
+
+
 def make_plan(model: nn.Module, batches: list[Batch], **budget: Any) -> Plan:
     return cheapgrad.plan(model, loss_fn, batches, skip_small=False, **budget)
 
@@ -46,6 +58,22 @@ def test_memory_budgets_of_a_transformer_are_kept(budget: str) -> None:
     assert held <= float(budget.removesuffix(" %")) / 100 * exact_bytes
     assert plan.predicted.saved_bytes == pytest.approx(held, rel=0.03)
     noise, error = measure_noise(model, batches, exact, draws=20)
+    assert error < 0.05 * noise
+    assert plan.predicted.noise_fraction == pytest.approx(noise, rel=0.15)
+
+
+@pytest.mark.parametrize(("memory", "flops"), [("60 %", "70 %"), ("45 %", "80 %"), ("38 %", "90 %")])
+def test_budgets_of_bytes_and_flops_are_kept_together(memory: str, flops: str) -> None:
+    model, batches = make_vit(), make_batches((6, 12), 4)
+    exact, exact_bytes = exact_gradients(model, batches), held_bytes(model, batches[0])
+    plan = make_plan(model, batches, memory=memory, flops=flops)
+    cheapgrad.approximate(model, plan)
+    held, counted = held_bytes(model, batches[0]), count_backward_flops(model, batches[0])
+    assert held <= float(memory.removesuffix(" %")) / 100 * exact_bytes
+    assert plan.predicted.saved_bytes == pytest.approx(held, rel=0.03)
+    assert counted <= float(flops.removesuffix(" %")) / 100 * plan.exact.backward_flops
+    assert plan.predicted.backward_flops == pytest.approx(counted, rel=0.03)
+    noise, error = measure_noise(model, batches, exact, draws=40)
     assert error < 0.05 * noise
     assert plan.predicted.noise_fraction == pytest.approx(noise, rel=0.15)
 

@@ -18,6 +18,8 @@ Package = tuple[Choice, ...]
 
 # Of the combinations of the groups inside one block no more than so many are compared with coding it whole.
 _MOST_PACKAGES = 64
+# Rows are chosen again for what codes add to the FLOPs, until that is no more than before.
+_MOST_ALTERNATIONS = 8
 
 
 @dataclass
@@ -52,14 +54,33 @@ class Menu:
         Raises:
             UnreachableBudgetError: if no combination keeps them; says how far one can get.
         """
-        chosen: tuple[Choice, ...] = ()
-        if "flops" in limits:
-            chosen += self._within(limits["flops"], _alone(self.cotangent), self._flops, self._base_flops)
-        if "memory" in limits:
-            base = self._base_bytes + sum(choice.bytes_change for choice in chosen)
-            items = self._pack(self._groups_beside(chosen), self._bytes)
-            chosen += self._within(limits["memory"], items, self._bytes, base)
-        return chosen
+        spent = 0.0
+        for _ in range(_MOST_ALTERNATIONS):
+            try:
+                cotangent = self._within_flops(limits, spent)
+            except UnreachableBudgetError:
+                if not spent:
+                    raise
+                return dataclasses.replace(self, regions=[]).within_costs(limits)
+            stored = self._within_bytes(limits, cotangent)
+            again = math.fsum(max(choice.flops_change, 0.0) for choice in stored)
+            if "flops" not in limits or again <= spent:
+                break
+            # Codes of blocks compute something again, which fewer rows have to make up for.
+            spent = again
+        return cotangent + stored
+
+    def _within_flops(self, limits: Mapping[str, Limit], spent: float) -> tuple[Choice, ...]:
+        if "flops" not in limits:
+            return ()
+        return self._within(limits["flops"], _alone(self.cotangent), self._flops, self._base_flops + spent)
+
+    def _within_bytes(self, limits: Mapping[str, Limit], cotangent: Sequence[Choice]) -> tuple[Choice, ...]:
+        if "memory" not in limits:
+            return ()
+        base = self._base_bytes + sum(choice.bytes_change for choice in cotangent)
+        items = self._pack(self._groups_beside(cotangent), self._bytes)
+        return self._within(limits["memory"], items, self._bytes, base)
 
     def within_noise(self, most: float) -> tuple[Choice, ...]:
         """Return the choices with the least sum of the shares of bytes and of FLOPs that add at most this noise.

@@ -54,6 +54,8 @@ class Menu:
         Raises:
             UnreachableBudgetError: if no combination keeps them; says how far one can get.
         """
+        cotangent: Package = ()
+        stored: Package = ()
         spent = 0.0
         for _ in range(_MOST_ALTERNATIONS):
             try:

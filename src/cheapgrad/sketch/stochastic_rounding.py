@@ -102,16 +102,18 @@ class StochasticRounding(AbstractStrategy):
         """Keep packed codes and the groups' scales."""
         matrix_NI = operands.stored_dense()
         dither = draw_dither(matrix_NI, matrix_NI.shape[0], matrix_NI.shape[1], self.group)
-        rows = as_groups(matrix_NI, self.group), dither.draws
+        groups = as_groups(matrix_NI, self.group)
+        rows = groups, dither.draws.view(*groups.shape[:-1], -1)
         return work_by_rows(encode_groups, rows, (dither.shifts,), fused=self.fused, bits=self.bits)
 
     def store_twice(self, matrix_NI: Tensor, second_bits: int) -> tuple[Tensor, ...]:
         """Keep two independent codes of one matrix, the second one in `second_bits` bits."""
         rows, columns = matrix_NI.shape
         first, second = (draw_dither(matrix_NI, rows, columns, self.group) for _ in range(2))
-        groups = as_groups(matrix_NI, self.group), first.draws, second.draws
+        groups = as_groups(matrix_NI, self.group)
+        parts = groups, *(dither.draws.view(*groups.shape[:-1], -1) for dither in (first, second))
         return work_by_rows(
-            encode_groups_twice, groups, (first.shifts,), fused=self.fused, bits=self.bits, second_bits=second_bits
+            encode_groups_twice, parts, (first.shifts,), fused=self.fused, bits=self.bits, second_bits=second_bits
         )
 
     def store_images(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -205,7 +207,14 @@ def rounding_steps(matrix_NI: Tensor, codec: StochasticRounding) -> tuple[Tensor
 
 
 def as_groups(matrix: Tensor, group: int) -> Tensor:
-    """Return the entries as ``[groups, group]``, the last group padded with the last entry."""
+    """Return the entries as ``[groups, group]``, the last group padded with the last entry.
+
+    Inside compiled graphs it is ``[N, groups of a row, group]`` where rows are whole groups: the compiler fuses what
+    computes the matrix with what reads the groups, and works on many entries at a time as long as no index is divided.
+    """
+    columns = matrix.shape[-1]
+    if torch.compiler.is_compiling() and matrix.dim() == 2 and columns % group == 0:
+        return matrix.reshape(-1, columns // group, group)
     entries = matrix.flatten()
     missing = -entries.shape[0] % group
     if missing:

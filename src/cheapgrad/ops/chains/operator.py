@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cheapgrad.errors import CheapgradError
 from cheapgrad.ops.activation import Activation
+from cheapgrad.ops.chains.code_identity import name_code
 from cheapgrad.ops.plan import Plan, RootUse
 from cheapgrad.sketch import AbstractStrategy
 from cheapgrad.sketch.value import from_dict
@@ -32,7 +33,7 @@ torch.library.define("cheapgrad::row_wise_", "(Tensor(a!) x, float[] numbers, st
 
 
 def plan_text(stored: AbstractStrategy | None, cotangent: AbstractStrategy | None, recompute: bool) -> str:
-    """Return strategies as text, or an empty one if they cannot be read back, such as some of a user's own.
+    """Return strategies and the code they run as text, or none if they cannot be read back, as some of a user's own.
 
     Args:
         stored: see `Plan`.
@@ -41,7 +42,8 @@ def plan_text(stored: AbstractStrategy | None, cotangent: AbstractStrategy | Non
     """
     strategies = (stored, cotangent)
     try:
-        text = json.dumps([*(None if each is None else each.to_dict() for each in strategies), recompute])
+        described = (None if each is None else each.to_dict() for each in strategies)
+        text = json.dumps([*described, recompute, name_code(strategies)])
         plan = _read_plan(text)
     except (TypeError, ValueError, CheapgradError):
         return ""
@@ -49,7 +51,7 @@ def plan_text(stored: AbstractStrategy | None, cotangent: AbstractStrategy | Non
 
 
 def _read_plan(text: str) -> Plan:
-    stored, cotangent, recompute = json.loads(text)
+    stored, cotangent, recompute, _ = json.loads(text)
     return Plan(
         None if stored is None else from_dict(stored),
         None if cotangent is None else from_dict(cotangent),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from cheapgrad.errors import UnreachableBudgetError
 from cheapgrad.planning.budget import Limit, describe_limit
@@ -18,8 +20,12 @@ Package = tuple[Choice, ...]
 
 # Of the combinations of the groups inside one block no more than so many are compared with coding it whole.
 _MOST_PACKAGES = 64
-# Rows are chosen again for what codes add to the FLOPs, until that is no more than before.
-_MOST_ALTERNATIONS = 8
+# With two budgets so many combinations of rows are tried, and these prices of a FLOP in noise, as multiples of one that
+# balances all noise there is.
+_MOST_ROW_POINTS = 64
+# So few combinations of codes are all tried.
+_FEW_COMBINATIONS = 4096
+_PRICES = (1e3, 1.0, 1e-1, 1e-2, 1e-3, 0.0)
 
 
 @dataclass
@@ -54,35 +60,84 @@ class Menu:
         Raises:
             UnreachableBudgetError: if no combination keeps them; says how far one can get.
         """
-        cotangent: Package = ()
-        stored: Package = ()
-        spent = 0.0
-        for _ in range(_MOST_ALTERNATIONS):
-            try:
-                cotangent = self._within_flops(limits, spent)
-            except UnreachableBudgetError:
-                if not spent:
-                    raise
-                return dataclasses.replace(self, regions=[]).within_costs(limits)
-            stored = self._within_bytes(limits, cotangent)
-            again = math.fsum(max(choice.flops_change, 0.0) for choice in stored)
-            if "flops" not in limits or again <= spent:
-                break
-            # Codes of blocks compute something again, which fewer rows have to make up for.
-            spent = again
-        return cotangent + stored
-
-    def _within_flops(self, limits: Mapping[str, Limit], spent: float) -> tuple[Choice, ...]:
-        if "flops" not in limits:
-            return ()
-        return self._within(limits["flops"], _alone(self.cotangent), self._flops, self._base_flops + spent)
-
-    def _within_bytes(self, limits: Mapping[str, Limit], cotangent: Sequence[Choice]) -> tuple[Choice, ...]:
         if "memory" not in limits:
-            return ()
-        base = self._base_bytes + sum(choice.bytes_change for choice in cotangent)
-        items = self._pack(self._groups_beside(cotangent), self._bytes)
-        return self._within(limits["memory"], items, self._bytes, base)
+            return self._within(limits["flops"], _alone(self.cotangent), self._flops, self._base_flops)
+        if "flops" not in limits:
+            return self._within(limits["memory"], self._pack(self.stored, self._bytes), self._bytes, self._base_bytes)
+        return self._within_both(limits["memory"], limits["flops"])
+
+    def _within_both(self, memory: Limit, flops: Limit) -> tuple[Choice, ...]:
+        """Return the best of all combinations of rows with the codes that keep the bytes beside them.
+
+        Rows are tried by rising noise, so that the first ones that leave room for codes are nearly the last ones tried.
+        """
+        rows = self._frontier(_alone(self.cotangent), self._flops)
+        best: Package | None = None
+        for point in _thinned(rows, flops.value - self._base_flops):
+            if best is not None and point.noise >= _noise(best):
+                break
+            chosen = _real(point)
+            for codes in self._codes_beside(chosen, memory, flops.value - self._base_flops - point.cost):
+                if best is None or point.noise + _noise(codes) < _noise(best):
+                    best = chosen + codes
+        if best is None:
+            raise self._why_not_both(memory, flops)
+        return best
+
+    def _codes_beside(self, rows: Package, memory: Limit, flops: float) -> Iterator[Package]:
+        """Yield codes that keep the bytes beside these rows and add at most so many FLOPs; of few the best alone."""
+        room = memory.value - self._base_bytes - math.fsum(choice.bytes_change for choice in rows)
+        items = self._pack(self._groups_beside(rows), self._bytes)
+        if math.prod(len(item) + 1 for item in items) <= _FEW_COMBINATIONS:
+            yield from self._search_all(items, room, flops)
+            return
+        for price in self._prices(items):
+            point = self._frontier(items, self._bytes, price).least_noise(room)
+            codes = None if point is None else _real(point)
+            if codes is None or math.fsum(choice.flops_change for choice in codes) > flops:
+                # The first price is so high that no other codes have fewer FLOPs.
+                return
+            yield codes
+
+    def _search_all(self, items: Sequence[Sequence[Package]], most_bytes: float, most_flops: float) -> list[Package]:
+        """Return the codes of least noise, if any keep both; all combinations are tried."""
+        options = [[(), *item] for item in items]
+        sums = np.zeros((3, 1))
+        for item in options:
+            priced = [[math.fsum(map(cost, one)) for one in item] for cost in (self._bytes, self._flops, _noise_of_one)]
+            sums = (sums[:, :, None] + np.array(priced)[:, None, :]).reshape(3, -1)
+        noises = np.where((sums[0] <= most_bytes) & (sums[1] <= most_flops), sums[2], math.inf)
+        best = int(noises.argmin())
+        if noises[best] == math.inf:
+            return []
+        places = np.unravel_index(best, [len(item) for item in options]) if options else ()
+        return [tuple(one for item, at in zip(options, places, strict=True) for one in item[int(at)])]
+
+    def _prices(self, items: Sequence[Sequence[Package]]) -> list[float]:
+        """Return prices of a FLOP in noise, from one that outweighs all noise down to nothing."""
+        packages = [package for item in items for package in item]
+        flops = [cost for package in packages if (cost := math.fsum(map(self._flops, package))) > 0]
+        if not flops:
+            return [0.0]
+        noise = math.fsum(max(map(_noise, item), default=0.0) for item in items)
+        return [factor * noise / min(flops) for factor in _PRICES]
+
+    def _why_not_both(self, memory: Limit, flops: Limit) -> UnreachableBudgetError:
+        """Say which of two budgets is out of reach, or that they are so together."""
+        rows = self._frontier(_alone(self.cotangent), self._flops)
+        least_bytes = math.inf
+        for point in _thinned(rows, math.inf):
+            chosen = _real(point)
+            codes = self._frontier(self._pack(self._groups_beside(chosen), self._bytes), self._bytes)
+            held = self._base_bytes + math.fsum(choice.bytes_change for choice in chosen)
+            least_bytes = min(least_bytes, held + float(codes.costs[0]))
+        for limit, least in ((flops, self._base_flops + float(rows.costs[0])), (memory, least_bytes)):
+            if least > limit.value:
+                return _out_of_reach(limit, least)
+        return UnreachableBudgetError(
+            f"memory={memory.given!r} ({describe_limit(memory)}) and flops={flops.given!r} ({describe_limit(flops)}) "
+            "can each be kept, but not both: codes of blocks compute again what they do not hold"
+        )
 
     def within_noise(self, most: float) -> tuple[Choice, ...]:
         """Return the choices with the least sum of the shares of bytes and of FLOPs that add at most this noise.
@@ -141,16 +196,28 @@ class Menu:
 
         return [[beside(choice) for choice in group] for group in self.stored]
 
-    def _frontier(self, items: Sequence[Sequence[Package]], cost: Cost) -> Frontier:
+    def _frontier(self, items: Sequence[Sequence[Package]], cost: Cost, price: float = 0.0) -> Frontier:
+        """Return all best combinations.
+
+        Args:
+            items: one package of each is chosen, or none.
+            cost: of a choice.
+            price: of a FLOP, added to the noise.
+        """
         key = (
             tuple((one.layers, one.strategy, cost(one)) for item in items for package in item for one in package),
             cost.__name__,
+            price,
         )
         if key not in self._frontiers:
             options = []
             for item in items:
                 priced = [(math.fsum(map(cost, package)), package) for package in item]
-                useful = [Option(price, _noise(package), package) for price, package in priced if price < 0]
+                useful = [
+                    Option(saved, _noise(package) + price * math.fsum(map(self._flops, package)), package)
+                    for saved, package in priced
+                    if saved < 0
+                ]
                 options.append([Option(0.0, 0.0, ()), *useful])
             self._frontiers[key] = Frontier(options)
         return self._frontiers[key]
@@ -171,13 +238,24 @@ class Menu:
         frontier = self._frontier(items, cost)
         point = frontier.least_noise(limit.value - base)
         if point is None:
-            least = base + float(frontier.costs[0])
-            kind = "bytes held" if limit.name == "memory" else "backward FLOPs"
-            raise UnreachableBudgetError(
-                f"{limit.name}={limit.given!r} asks for {describe_limit(limit)}, but the strategies to choose from "
-                f"reach {describe_limit(limit, least)} of {kind} at least"
-            )
+            raise _out_of_reach(limit, base + float(frontier.costs[0]))
         return _real(point)
+
+
+def _out_of_reach(limit: Limit, least: float) -> UnreachableBudgetError:
+    kind = "bytes held" if limit.name == "memory" else "backward FLOPs"
+    return UnreachableBudgetError(
+        f"{limit.name}={limit.given!r} asks for {describe_limit(limit)}, but the strategies to choose from reach "
+        f"{describe_limit(limit, least)} of {kind} at least"
+    )
+
+
+def _thinned(frontier: Frontier, most: float) -> Iterator[Point]:
+    """Yield the point of least noise that costs at most so much, then cheaper ones, always the same."""
+    count = int(np.searchsorted(frontier.costs, most, side="right"))
+    if count:
+        fixed = np.unique(np.linspace(0, len(frontier.costs) - 1, _MOST_ROW_POINTS).round().astype(int))
+        yield from (frontier.point(int(at)) for at in sorted({count - 1, *fixed[fixed < count]}, reverse=True))
 
 
 def _real(point: Point) -> Package:
@@ -185,7 +263,11 @@ def _real(point: Point) -> Package:
 
 
 def _noise(package: Package) -> float:
-    return math.fsum(choice.noise.total for choice in package)
+    return math.fsum(map(_noise_of_one, package))
+
+
+def _noise_of_one(choice: Choice) -> float:
+    return choice.noise.total
 
 
 def _alone(items: Sequence[Sequence[Choice]]) -> list[list[Package]]:

@@ -23,6 +23,10 @@ _DRAWS = 3
 _ROUNDS = 4
 # A budget that no plan keeps is widened by these factors until one is found; the exact step keeps the last.
 _WIDER = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, math.inf)
+# Between two budgets asked for and those found so far, as parts of the way.
+_NARROWER = (0.25, 0.5, 0.75)
+# By how much the model of the costs may be too high.
+_SLACKS = (1.0, 1.03, 1.06, 1.1)
 # A ceiling that was read off a plan is not missed by the rounding of a quotient.
 _ROUNDING = 1 + 1e-9
 
@@ -87,7 +91,8 @@ class Search:
         try:
             counted = self._count_within(costs)
         except UnreachableBudgetError as error:
-            raise UnreachableBudgetError(f"{error}; the nearest budget is {self._widen(costs)}") from None
+            nearest = self._widen(costs, limits.get("noise"))
+            raise UnreachableBudgetError(f"{error}; the nearest budget is {nearest}") from None
         found = self._measure(*counted)
         if "noise" in limits and not self._keeps(found, limits["noise"]):
             raise self._contradiction(costs, limits["noise"], found)
@@ -109,21 +114,34 @@ class Search:
         return dataclasses.replace(self._measure((), self.report), remarks=(text,))
 
     def _count_within(self, costs: Mapping[str, Limit]) -> tuple[tuple[Choice, ...], CostReport]:
-        """Return the choices of least noise whose counted costs keep the limits, and the step with them."""
-        menu = dataclasses.replace(self.menu)
-        for _ in range(_ROUNDS):
-            choices = menu.within_costs(costs)
-            report = self._count(choices)
-            if _correct_costs(menu, costs, choices, report):
-                return choices, report
+        """Return the choices of least noise whose counted costs keep the limits, and the step with them.
+
+        Where rows and codes meet, the model of the costs is above what is counted: with two limits that it holds to be
+        out of reach, choices for somewhat wider ones are counted too.
+        """
+        obstacle: UnreachableBudgetError | None = None
+        for slack in _SLACKS if len(costs) > 1 else _SLACKS[:1]:
+            menu = dataclasses.replace(self.menu)
+            wider = {name: dataclasses.replace(limit, value=slack * limit.value) for name, limit in costs.items()}
+            try:
+                for _ in range(_ROUNDS):
+                    choices = menu.within_costs(wider)
+                    report = self._count(choices)
+                    if _correct_costs(menu, costs, choices, report):
+                        return choices, report
+            except UnreachableBudgetError as error:
+                obstacle = obstacle or error
+        if obstacle is not None:
+            raise obstacle
         asked = " and ".join(f"{limit.name}={limit.given!r} ({describe_limit(limit)})" for limit in costs.values())
         raise UnreachableBudgetError(f"of {_ROUNDS} plans tried for {asked} none kept it when its step was counted")
 
-    def _is_reachable(self, costs: Mapping[str, Limit]) -> bool:
+    def _is_reachable(self, costs: Mapping[str, Limit], ceiling: Limit | None = None) -> bool:
         try:
-            return bool(self._count_within(costs))
+            counted = self._count_within(costs)
         except UnreachableBudgetError:
             return False
+        return ceiling is None or self._keeps(self._measure(*counted), ceiling)
 
     def _count(self, choices: Sequence[Choice]) -> CostReport:
         rules = rules_of(choices)
@@ -149,8 +167,11 @@ class Search:
     def _exact_cost(self, name: str) -> float:
         return float(self.report.total.saved_bytes if name == "memory" else self.report.total.backward_flops) or 1.0
 
-    def _widen(self, costs: Mapping[str, Limit]) -> str:
-        """Return the first wider budgets that a plan keeps, counted; the exact step keeps the widest."""
+    def _widen(self, costs: Mapping[str, Limit], ceiling: Limit | None) -> str:
+        """Return wider budgets that a plan keeps, counted: the first of several, and then each as narrow as it can be.
+
+        The exact step keeps the widest.
+        """
         exact = {name: self._exact_cost(name) for name in costs}
         least = {name: self.menu.least_cost(name, math.inf) / exact[name] for name in costs}
         wider = dict(costs)
@@ -158,9 +179,20 @@ class Search:
             for name, limit in costs.items():
                 share = factor * max(limit.value / exact[name], least[name])
                 wider[name] = limit if share <= limit.value / exact[name] else self._limit(name, min(share, 1.0))
-            if self._is_reachable(wider):
+            if self._is_reachable(wider, ceiling):
                 break
+        for name in costs if len(costs) > 1 else ():
+            wider[name] = self._narrow(name, costs[name], wider, ceiling)
         return " and ".join(f"{limit.name}={limit.given!r}" for limit in wider.values())
+
+    def _narrow(self, name: str, asked: Limit, wider: Mapping[str, Limit], ceiling: Limit | None) -> Limit:
+        """Return the first budget between what was asked and what is kept that is kept beside the others."""
+        low, high = asked.value / self._exact_cost(name), wider[name].value / self._exact_cost(name)
+        between = [self._limit(name, low + part * (high - low)) for part in _NARROWER] if high > low else []
+        for limit in (asked, *between):
+            if limit.value < wider[name].value and self._is_reachable({**wider, name: limit}, ceiling):
+                return limit
+        return wider[name]
 
     def _contradiction(self, costs: Mapping[str, Limit], ceiling: Limit, found: Found) -> UnreachableBudgetError:
         """Say which ceiling the plan keeps, and which costs the ceiling allows."""
@@ -170,7 +202,9 @@ class Search:
             f"{_round_up(found.noise.bound / self.variance.value)}, measured"
         )
         if len(costs) > 1:
-            return UnreachableBudgetError(f"{text}; allow that much, or more bytes or FLOPs")
+            return UnreachableBudgetError(
+                f"{text}; with noise={ceiling.given!r} the nearest budget is {self._widen(costs, ceiling)}"
+            )
         nearest = self._nearest(next(iter(costs)), ceiling, found)
         return UnreachableBudgetError(
             f"{text}; with noise={ceiling.given!r} the nearest budget is {nearest.name}={nearest.given!r}"

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import cheapgrad
-from cheapgrad import Rule, approximate
+from cheapgrad import Rule, approximate, audit
 from cheapgrad.cost import measure_held_bytes
 from cheapgrad.sketch import RowSample, StochasticRounding
 from tests.networks import blocks
@@ -129,3 +129,16 @@ def test_what_still_holds_the_bytes_is_listed():
     # Attention that is written out in the block's own forward holds copies of its queries, keys and values.
     assert (most.module, most.operation) == ("0", "aten::bmm")
     assert most.saved_bytes == 3 * BATCH * LENGTH * WIDTH * 4
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_functions_before_a_dropout_are_reached(activation):
+    torch.manual_seed(0)
+    model, x = encoder(activation=activation).double(), tokens(dtype=torch.float64)[:4, :16]
+    # Of the feed-forward, between the activation and the second linear map.
+    model.dropout.p = 0.2
+    handle = approximate(model, Rule("*", stored=StochasticRounding(2), recompute=True), skip_small=False)
+    assert not [held for held in handle.uncovered(x) if activation in held.operation]
+    report = audit(model, lambda model, x: model(x).pow(3).mean(), x, draws=128, seed=0)
+    assert report.unbiased
+    assert report.relative_variance > 0

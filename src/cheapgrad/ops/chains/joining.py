@@ -133,7 +133,7 @@ def stage_in_chain(x: Tensor, stage: AbstractStage, parameters: tuple[Tensor | N
     """
     if is_held_back(plan):
         return call(x, parameters, plan, *stage.options(), numbers=stage.numbers())
-    chain = chain_of(x)
+    chain = chain_of(x) or recognise_chain(x, stage.stored)
     if chain is not None or (stage.stored is not None and stage.rebuilds_output):
         return run_stage(x, stage, parameters, None, chain)
     output = stage.alone(x, parameters)

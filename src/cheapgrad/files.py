@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 
 from cheapgrad.errors import OutputError
 
 
-def prepare_directory(directory: Path) -> None:
+def prepare_directory(directory: Path, option: str) -> None:
     """Make the directory if need be, and try to write there: before an hour of work, not after it.
+
+    Args:
+        directory: where files are to go.
+        option: of the command line that names it, for the error.
 
     Raises:
         OutputError: it is no directory, or cannot be made or written to.
@@ -23,16 +28,59 @@ def prepare_directory(directory: Path) -> None:
     except OSError as error:
         raise OutputError(
             f"cannot write to the output directory {str(directory)!r}: {error.strerror or error}; "
-            "name another one with --out"
+            f"name another one with {option}"
         ) from error
+
+
+def prepare_file(path: Path, option: str) -> None:
+    """Make the directory of a file if need be, and try to write there; of links, the directory of their target.
+
+    Args:
+        path: what `write_whole` is to write. A pipe or a device is left for then: who tries it has used it.
+        option: of the command line that names it, for the error.
+
+    Raises:
+        OutputError: it is a directory, or cannot be written.
+    """
+    try:
+        mode = _find_mode(path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; name another file with {option}"
+        ) from error
+    if mode is not None and stat.S_ISDIR(mode):
+        raise OutputError(f"cannot write {str(path)!r}: it is a directory; name a file with {option}")
+    if mode is None or stat.S_ISREG(mode):
+        prepare_directory(Path(os.path.realpath(path)).parent, option)
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under a temporary name and give it its own name when it is complete.
 
+    Links are followed and stay. A pipe or a device is no file that could be replaced: it is written to, as shells do.
+
     Raises:
         OutputError: it cannot be written; then nothing is left behind, and an older file of that name is untouched.
     """
+    try:
+        mode = _find_mode(path)
+        if mode is None or stat.S_ISREG(mode):
+            _replace(Path(os.path.realpath(path)), content)
+        else:
+            path.write_bytes(content)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+
+
+def _find_mode(path: Path) -> int | None:
+    """Return the mode of what is there, behind links; None if nothing is."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _replace(path: Path, content: bytes) -> None:
     temporary = None
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -43,8 +91,6 @@ def write_whole(path: Path, content: bytes) -> None:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):

@@ -94,6 +94,7 @@ def test_seed_of_dropout(capsys):
         (["audit_models:good", "--draws", "7"], "draws must be a whole number of at least 8, but got 7"),
         (["audit_models:good", "--alpha", "2"], "alpha must be in (0, 1), but got 2.0"),
         (["audit_models:good", "--json", "audit_models.py/audit.json"], "cannot write to the output directory"),
+        (["audit_models:good", "--json", "audit_models.py/audit.json"], "name another one with --json"),
         (["audit_models:good", "--json", "."], "it is a directory; name a file with --json"),
     ],
 )

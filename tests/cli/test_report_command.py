@@ -77,8 +77,10 @@ def test_missing_and_empty_directories(tmp_path, capsys):
 
 def test_unwritable_output(runs, tmp_path, capsys, monkeypatch):
     (tmp_path / "blocker").touch()
-    assert "blocker" in failed(capsys, runs, "-o", tmp_path / "blocker" / "report.html")
-    assert "runs" in failed(capsys, runs, "-o", runs)
+    message = failed(capsys, runs, "-o", tmp_path / "blocker" / "report.html")
+    assert "blocker" in message
+    assert "name another one with --out" in message
+    assert f"cannot write '{runs}': it is a directory; name a file with --out" in failed(capsys, runs, "-o", runs)
 
     def fail(source, target):
         raise OSError(28, "No space left on device")

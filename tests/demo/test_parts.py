@@ -6,6 +6,7 @@ import itertools
 import os
 import stat
 import sys
+import threading
 from functools import partial
 
 import pytest
@@ -21,7 +22,7 @@ from cheapgrad.demo.timing import find_batch_size, make_batch_ladder, time_steps
 from cheapgrad.demo.training import measure_accuracy, train
 from cheapgrad.environment import describe_environment
 from cheapgrad.errors import BudgetError, MissingExtraError, OutputError
-from cheapgrad.files import prepare_directory, write_whole
+from cheapgrad.files import prepare_directory, prepare_file, write_whole
 from cheapgrad.sketch import LowRank, RowSample
 
 TINY = Setup("tiny", "64 - 16 - 16 - 10", partial(DigitsMLP, 16), 32, 4, 1e-2, 24)
@@ -163,15 +164,15 @@ def test_strategy_is_unbiased_and_its_last_layer_obeys_its_law(meter):
 
 
 def test_directory_is_made(tmp_path):
-    prepare_directory(tmp_path / "new" / "deep")
+    prepare_directory(tmp_path / "new" / "deep", "--out")
     assert list((tmp_path / "new" / "deep").iterdir()) == []
 
 
 def test_directory_that_is_a_file_is_refused(tmp_path):
     blocker = tmp_path / "blocker"
     blocker.write_text("mine")
-    with pytest.raises(OutputError, match=f"output directory '{blocker}'.*--out"):
-        prepare_directory(blocker)
+    with pytest.raises(OutputError, match=f"output directory '{blocker}'.*another one with --place"):
+        prepare_directory(blocker, "--place")
     assert blocker.read_text() == "mine"
 
 
@@ -198,6 +199,67 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
         write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_links_stay_and_their_target_is_replaced(tmp_path, monkeypatch, is_there):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    target, chain, link = there / "file", here / "chain", here / "link"
+    if is_there:
+        target.write_bytes(b"old")
+    chain.symlink_to(os.path.join("..", "there", "file"))
+    link.symlink_to(chain)
+    renamed = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda source, place: (renamed.append(source), replace(source, place)))
+    prepare_file(link, "--out")
+    write_whole(link, b"new")
+    assert link.is_symlink()
+    assert chain.is_symlink()
+    assert not target.is_symlink()
+    assert target.read_bytes() == b"new"
+    # On the file system of the target: names can be exchanged there.
+    assert [os.path.dirname(source) for source in renamed] == [str(there)]
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["chain", "file", "here", "link", "there"]
+
+
+def test_links_in_a_circle_are_refused(tmp_path):
+    (tmp_path / "one").symlink_to(tmp_path / "two")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    with pytest.raises(OutputError, match=r"one.*name another file with --json"):
+        prepare_file(tmp_path / "one", "--json")
+    with pytest.raises(OutputError, match=r"cannot write .*one"):
+        write_whole(tmp_path / "one", b"new")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["one", "two"]
+    assert all(entry.is_symlink() for entry in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("behind_link", [False, True])
+def test_pipes_are_written_to_and_stay(tmp_path, behind_link):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    path = tmp_path / "link" if behind_link else pipe
+    if behind_link:
+        path.symlink_to(pipe)
+    read = []
+    # A thread that waits for nobody must not keep the suite from ending.
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    prepare_file(path, "--out")
+    write_whole(path, b"new")
+    reader.join(timeout=20)
+    assert read == [b"new"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert path.is_symlink() == behind_link
+
+
+def test_directories_are_no_files(tmp_path):
+    with pytest.raises(OutputError, match="it is a directory; name a file with --json"):
+        prepare_file(tmp_path, "--json")
+    with pytest.raises(OutputError, match="Is a directory"):
+        write_whole(tmp_path, b"new")
 
 
 def test_environment_has_versions_but_no_names():

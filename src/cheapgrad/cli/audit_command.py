@@ -10,7 +10,7 @@ from typing import Any
 
 from cheapgrad.cli.factories import call_factory, import_factory
 from cheapgrad.cli.origin import describe_origin
-from cheapgrad.errors import FactoryError, OutputError, describe_value
+from cheapgrad.errors import FactoryError, describe_value
 
 _DESCRIPTION = """\
 Draws the gradient of one batch many times and compares it with the exact one: bias with the band that chance explains
@@ -49,12 +49,10 @@ def run(options: argparse.Namespace) -> int:
     """Audit what the factory returns, print the report, and return 1 if it is biased."""
     # Imported here, so that `cheapgrad --version` and a mistyped option do not wait for it.
     from cheapgrad.auditing import audit, audit_step
-    from cheapgrad.files import prepare_directory, write_whole
+    from cheapgrad.files import prepare_file, write_whole
 
     if options.json is not None:
-        if options.json.is_dir():
-            raise OutputError(f"cannot write {str(options.json)!r}: it is a directory; name a file with --json")
-        prepare_directory(options.json.parent)
+        prepare_file(options.json, "--json")
     arguments = _read_arguments(call_factory(import_factory(options.factory), options.factory), options.factory)
     model, loss_fn, batch = (arguments.pop(name) for name in _NEEDED)
     settings = {"draws": options.draws, "alpha": options.alpha, "seed": options.seed}

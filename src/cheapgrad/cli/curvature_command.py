@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     from cheapgrad.files import prepare_directory, write_whole
 
     check_drawing()
-    prepare_directory(options.out)
+    prepare_directory(options.out, "--out")
     made = call_factory(import_factory(options.factory), options.factory)
     try:
         operator_a, operator_b = _make_operators(made, options.factory)

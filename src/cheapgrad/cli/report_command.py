@@ -32,12 +32,12 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write the page; files that are no records are named on standard error."""
     # Imported here, so that `cheapgrad --version` and a mistyped option do not wait for it.
-    from cheapgrad.files import prepare_directory, write_whole
+    from cheapgrad.files import prepare_file, write_whole
     from cheapgrad.reporting import read_directory, render_page
 
     directory = read_directory(options.directory)
     page = render_page(directory, options.title)
-    prepare_directory(options.out.parent)
+    prepare_file(options.out, "--out")
     write_whole(options.out, page.encode())
     for file in directory.refused:
         print(f"cheapgrad: not understood: {file.name}: {file.reason}", file=sys.stderr)

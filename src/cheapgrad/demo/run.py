@@ -81,7 +81,7 @@ def run_demo(directory: Path, settings: DemoSettings, console: Console) -> DemoR
         BudgetError: a strategy does not fit a network; found before anything is trained.
     """
     start = time.perf_counter()
-    prepare_directory(directory)
+    prepare_directory(directory, "--out")
     _check_plotting()
     data = load_data()
     setups = tuple(make_quick(setup) if settings.quick else setup for setup in settings.setups)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ import cheapgrad
 from cheapgrad.cost import compare
 from cheapgrad.environment import Examination, Finding
 from cheapgrad.errors import RecordError
+from cheapgrad.field_types import find_misfit
 from cheapgrad.planning import PlannedLayer
 from cheapgrad.reporting import DemoRecord, read_directory
-from cheapgrad.reporting.field_types import find_misfit
 from cheapgrad.reporting.record_files import KINDS
 from cheapgrad.sketch import StochasticRounding
 from tests.reporting.records import make_plan, make_record
@@ -192,6 +194,11 @@ def test_other_files_and_directories_are_left_alone(tmp_path):
         ((1,), tuple[int, int], "x has 1 entries, not 2"),
         ([1], tuple[int, ...], "x is [1], not a list"),
         ({}, dict[str, int], None),
+        ({"a": 1}, dict[str, int], None),
+        ({"a": 1.5}, Mapping[str, str | float], None),
+        ({"a": None}, Mapping[str, str | float], "x['a'] is None, not str"),
+        ({1: 2.0}, Mapping[str, Any], "a key of x is 1, not str"),
+        ([], Mapping[str, Any], "x is [], not Mapping"),
         ("a" * 100, int, "x is '" + "a" * 56 + "..., not int"),
     ],
 )

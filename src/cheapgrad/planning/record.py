@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cheapgrad.convert import Rule
 from cheapgrad.cost.units import format_bytes, format_flops
-from cheapgrad.errors import RecordError
+from cheapgrad.errors import CheapgradError, RecordError, describe_value
+from cheapgrad.field_types import find_misfit
 from cheapgrad.planning.batches import FEWEST_FOR_ERRORS, spare_factor
 from cheapgrad.sketch import AbstractStrategy
 from cheapgrad.sketch.value import from_dict
 
 KIND, VERSION = "cheapgrad.plan", 1
+# What building a plan from wrong parts raises.
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ class Plan:
             data: what it returned, also after a journey through JSON.
 
         Raises:
-            RecordError: if it is no plan, or lacks a part.
+            RecordError: if it is no plan, or lacks a part, or has one of another type or out of its range.
         """
         marks = (data.get("kind"), data.get("version")) if isinstance(data, Mapping) else (type(data).__name__, None)
         if marks != (KIND, VERSION):
@@ -198,22 +201,15 @@ class Plan:
                 f"{marks[1]!r}"
             )
         try:
-            layers = tuple(
-                PlannedLayer(**{**layer, **{key: _strategy(layer[key]) for key in ("stored", "cotangent")}})
-                for layer in data["layers"]
-            )
-            figures = {key: PlanFigures(**data[key]) for key in ("exact", "predicted")}
-            plain = {key: data[key] for key in ("noise_standard_error", "separate_noise_fraction", "batches")}
-            return cls(
-                budgets=dict(data["budgets"]),
-                layers=layers,
-                skip_small=data["skip_small"],
-                remarks=tuple(data["remarks"]),
-                **figures,
-                **plain,
-            )
-        except (KeyError, TypeError) as error:
-            raise RecordError(f"this plan is damaged: {type(error).__name__}: {error}") from error
+            plan = _build(data)
+        except _DAMAGE as error:
+            # The library's own errors say what is wrong; of the others the type is half of what they say.
+            kind = "" if isinstance(error, CheapgradError) else f"{type(error).__name__}: "
+            raise RecordError(f"this plan is damaged: {kind}{error}") from error
+        misfit = find_misfit(plan, cls)
+        if misfit is not None:
+            raise RecordError(f"this plan is damaged: {misfit}; plan again, or write it again with to_json")
+        return plan
 
     def to_json(self) -> str:
         """Return the plan as JSON."""
@@ -227,11 +223,11 @@ class Plan:
             text: JSON.
 
         Raises:
-            RecordError: if the text is no JSON, or no plan.
+            RecordError: if the text is no JSON, or no plan, or one that is damaged.
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise RecordError(f"this is no JSON: {error}") from error
         return cls.from_dict(data)
 
@@ -268,5 +264,34 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else 1.0
 
 
-def _strategy(data: Mapping[str, Any] | None) -> Any:
-    return None if data is None else from_dict(dict(data))
+def _build(data: Mapping[str, Any]) -> Plan:
+    """Return the plan; whatever is wrong with the data raises one of `_DAMAGE`, or is left for `find_misfit`."""
+    plain = ("noise_standard_error", "separate_noise_fraction", "batches", "skip_small")
+    return Plan(
+        budgets=data["budgets"],
+        exact=PlanFigures(**data["exact"]),
+        predicted=PlanFigures(**data["predicted"]),
+        layers=tuple(_build_layer(layer) for layer in _entries(data, "layers")),
+        remarks=tuple(_entries(data, "remarks")),
+        **{key: data[key] for key in plain},
+    )
+
+
+def _entries(data: Mapping[str, Any], key: str) -> Sequence[Any]:
+    """Return a list; of a text, `tuple` would make its letters, and of an object its names."""
+    if not isinstance(data[key], (list, tuple)):
+        raise TypeError(f"{key} must be a list, but is {describe_value(data[key])}")
+    return data[key]
+
+
+def _build_layer(data: Mapping[str, Any]) -> PlannedLayer:
+    return PlannedLayer(**{**data, **{key: _strategy(data, key) for key in ("stored", "cotangent")}})
+
+
+def _strategy(data: Mapping[str, Any], key: str) -> Any:
+    value = data[key]
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{key} must be an object with a type, or null, but is {describe_value(value)}")
+    return from_dict(dict(value))

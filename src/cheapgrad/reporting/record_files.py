@@ -13,8 +13,8 @@ from cheapgrad.cost.comparison import CostComparison
 from cheapgrad.cost.report import CostReport
 from cheapgrad.environment import Examination
 from cheapgrad.errors import RecordError, nearest_match
+from cheapgrad.field_types import find_misfit
 from cheapgrad.planning.record import Plan
-from cheapgrad.reporting.field_types import find_misfit
 from cheapgrad.reporting.records import DemoRecord
 
 _ORIGIN = ("environment", "seeds", "command", "label")

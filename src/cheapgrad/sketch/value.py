@@ -62,10 +62,15 @@ def from_dict(data: dict[str, Any]) -> Any:
 
 
 def _final_classes(base: type) -> dict[str, type]:
-    """Return the classes that can be built, by name; a shipped one keeps its name whatever a user defines."""
+    """Return the classes that can be built, by name; a shipped one keeps its name whatever a user defines.
+
+    What other rooms of this package make for their own use is not among them: no data describe it.
+    """
     classes: dict[str, type] = {}
     for cls in base.__subclasses__():
-        found = _final_classes(cls) | ({} if cls.__name__.startswith("Abstract") else {cls.__name__: cls})
+        is_internal = cls.__module__.startswith("cheapgrad.") and not cls.__module__.startswith("cheapgrad.sketch.")
+        is_final = not cls.__name__.startswith("Abstract") and not is_internal
+        found = _final_classes(cls) | ({cls.__name__: cls} if is_final else {})
         for name, value in found.items():
             if name not in classes or value.__module__.startswith("cheapgrad."):
                 classes[name] = value

@@ -33,6 +33,8 @@ def find_misfit(value: Any, annotation: Any, where: str = "") -> str | None:
         return _find_in_fields(value, annotation, where)
     if origin is tuple:
         return _find_in_tuple(value, arguments, where)
+    if isinstance(value, Mapping) and origin in {dict, Mapping}:
+        return _find_in_mapping(value, arguments, where)
     expected = origin or annotation
     # A whole number is a number; a truth value is none, though Python thinks so.
     accepted = (int, float) if expected is float else expected
@@ -60,6 +62,15 @@ def _find_in_tuple(value: Any, arguments: tuple[Any, ...], where: str) -> str | 
         return f"{where or 'it'} has {len(value)} entries, not {len(wanted)}"
     for position, (item, argument) in enumerate(zip(value, wanted, strict=True)):
         misfit = find_misfit(item, argument, f"{where}[{position}]")
+        if misfit is not None:
+            return misfit
+    return None
+
+
+def _find_in_mapping(value: Mapping[Any, Any], arguments: tuple[Any, ...], where: str) -> str | None:
+    for key, item in value.items():
+        misfit = find_misfit(key, arguments[0], f"a key of {where or 'it'}")
+        misfit = find_misfit(item, arguments[1], f"{where}[{key!r}]") if misfit is None else misfit
         if misfit is not None:
             return misfit
     return None

@@ -296,6 +296,27 @@ def check_instance(name: str, value: object, kinds: type | tuple[type, ...], adv
     )
 
 
+def check_finite_loss(loss: float, batch: str, call: str) -> None:
+    """Raise `LossError` if a loss is not finite.
+
+    Args:
+        loss: of the batch.
+        batch: what the caller calls it.
+        call: what is done with it, a verb.
+
+    Raises:
+        LossError: with the loss and what to do.
+
+    Example:
+        >>> check_finite_loss(0.5, "the batch", "audit")
+    """
+    if not math.isfinite(loss):
+        raise LossError(
+            f"the loss of {batch} is {loss}, so it has no gradient to compare noise with; look for such values in the "
+            f"batch, or {call} before the model diverges"
+        )
+
+
 def check_number(name: str, value: object, above: float = -math.inf) -> float:
     """Return `value` as a float if it is a finite number larger than `above`; raise `BudgetError` otherwise."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value <= above:

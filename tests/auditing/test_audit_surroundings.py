@@ -140,11 +140,39 @@ def test_time_first_batch_is_refused():
         (lambda model, batch: model(batch[0]), r"but returned a tensor of shape \(48, 5\)"),
         (lambda model, batch: mean_loss(model, batch).item(), "but returned 1.* of type float"),
         (lambda model, batch: mean_loss(model, batch).detach(), "does not require grad"),
+        (lambda model, batch: torch.complex(*[mean_loss(model, batch)] * 2), "a tensor of torch.complex64"),
     ],
 )
 def test_losses_that_are_none(loss_fn, message):
     with pytest.raises(LossError, match=message):
         audit(make_network(planted.exact), loss_fn, make_batch())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("reference", [None, right_loss])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_losses_that_are_not_finite_are_named_as_in_plans(value, reference, dropout):
+    def loss_fn(model, batch):
+        return mean_loss(model, batch) + value
+
+    model = make_network(planted.exact, dropout=dropout)
+    words = f"is {value}, so it has no gradient to compare noise with; look for such values in the batch, or"
+    exact = None if reference is None else loss_fn
+    with pytest.raises(LossError, match=f"the loss of the batch {words} audit before the model diverges"):
+        audit(model, loss_fn, make_batch(), reference=exact, seed=0)
+    with pytest.raises(LossError, match=rf"the loss of batches\[0\] {words} plan before the model diverges"):
+        cheapgrad.plan(
+            make_network(planted.exact), loss_fn, [make_batch(1), make_batch(2)], memory=0.5, skip_small=False
+        )
+
+
+def test_micro_batches_without_a_loss_leave_the_mini_batch_variance_unknown():
+    x, classes = make_batch()
+    # Nothing counts in the first micro-batch: its mean is that of no examples.
+    classes[: planted.B // 8] = -100
+    report = audit(make_network(planted.exact), mean_loss, (x, classes), draws=8)
+    assert report.noise_fraction is None
+    assert any("the loss of the batch is nan" in remark for remark in report.remarks)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +181,10 @@ def test_losses_that_are_none(loss_fn, message):
         ({"draws": 7}, "draws must be a whole number of at least 8, but got 7"),
         ({"alpha": 0}, r"alpha must be in \(0, 1\), but got 0"),
         ({"seed": -1}, "seed must be a whole number of at least 0, but got -1"),
-        ({"tolerance": 1.5}, r"tolerance must be in \[0, 1\), but got 1.5"),
+        ({"tolerance": 1.5}, r"tolerance must be a number in \[0, 1\), but got 1.5"),
+        ({"tolerance": math.nan}, r"tolerance must be a number in \[0, 1\), but got nan"),
+        ({"tolerance": "x"}, r"tolerance must be a number in \[0, 1\), but got 'x'"),
+        ({"tolerance": None}, r"tolerance must be a number in \[0, 1\), but got None"),
     ],
 )
 def test_settings_out_of_range(settings, message):

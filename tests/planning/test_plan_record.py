@@ -15,11 +15,13 @@ from torch import nn
 
 import cheapgrad
 from cheapgrad.errors import (
+    BackwardError,
     BatchError,
     BatchOrderError,
     BudgetError,
     CheapgradError,
     ConversionError,
+    ForwardError,
     LossError,
     ModelTypeError,
     NoEffectWarning,
@@ -179,11 +181,16 @@ def draws_by_itself(model: nn.Module, batch: Batch) -> Any:
         (planning(lambda model, batch: model(batch[0])), LossError, "returned a tensor of shape (24, 5)"),
         (planning(lambda model, batch: 1.5), LossError, "returned 1.5 of type float"),
         (planning(lambda model, batch: loss_fn(model, batch).detach()), LossError, "that does not"),
+        (planning(lambda model, batch: loss_fn(model, batch) * 1j), LossError, "returned a tensor of torch.complex128"),
         (planning(depends_on_order), BatchOrderError, "for the same 24 examples in another order"),
         (planning(draws_by_itself), NondeterministicLossError, "from the same random state"),
         (planning(loss_fn, flops=None), BudgetError, "plan needs a budget"),
         (planning(loss_fn, flops="sixty"), BudgetError, "cannot read flops='sixty'"),
         (planning(loss_fn, strategies=[]), RuleError, "strategies is empty"),
+        (planning(loss_fn, strategies=RowSample(0.5)), RuleError, "but got RowSample(keep=0.5) of type RowSample"),
+        (planning(loss_fn, strategies=[ROWS[0], 5]), RuleError, "but got 5 of type int"),
+        (lambda model: cheapgrad.plan(model, loss_fn, None, flops=0.6), BatchError, "but got a NoneType"),  # type: ignore[arg-type]
+        (lambda model: cheapgrad.plan(model, loss_fn, 4, flops=0.6), BatchError, "but got an int 4"),  # type: ignore[arg-type]
         (planning(loss_fn, strategies=[cheapgrad.Rule("*.q", cotangent=RowSample(0.5))]), NoMatchError, "'*.q'"),
         (planning(loss_fn, strategies=None, skip_small=True), NoMatchError, "no layer of Sequential takes"),
         (lambda model: cheapgrad.plan(model, loss_fn, make_batches((24,), 1), flops=0.6), BatchError, "but got 1"),
@@ -217,6 +224,43 @@ def test_gradients_that_are_not_finite_are_named_though_the_loss_is() -> None:
         return loss_fn(model, batch) + 0.0 * (next(model.parameters())[0, 0] * 0.0).sqrt()
 
     unchanged_after(planning(kinked), BatchError, "the gradient of '0.weight' is not finite in batches[0]")
+
+
+def test_a_loss_that_raises_is_named_and_its_error_is_the_cause() -> None:
+    failure = OSError("disk full")
+
+    def raises(model: nn.Module, batch: Batch) -> Any:
+        model(batch[0])
+        raise failure
+
+    unchanged_after(planning(raises), ForwardError, "the loss function raised OSError: disk full")
+    with pytest.raises(ForwardError) as caught:
+        planning(raises)(make_mlp(3))
+    assert caught.value.__cause__ is failure
+
+
+def test_a_backward_pass_that_raises_is_named_and_its_error_is_the_cause() -> None:
+    failure, first = OSError("no kernel"), make_batches((24,), 2)[0][0]
+
+    def fail(grad: torch.Tensor) -> torch.Tensor:
+        raise failure
+
+    def raises(model: nn.Module, batch: Batch) -> Any:
+        logits = model(batch[0])
+        # Not for the first batch, whose costs are counted before any gradient is taken.
+        if logits.requires_grad and not torch.equal(batch[0], first):
+            logits.register_hook(fail)
+        return nn.functional.cross_entropy(logits, batch[1])
+
+    unchanged_after(planning(raises), BackwardError, "the backward pass raised OSError: no kernel")
+    with pytest.raises(BackwardError) as caught:
+        planning(raises)(make_mlp(3))
+    assert caught.value.__cause__ is failure
+
+
+def test_a_single_rule_needs_no_list() -> None:
+    assert make_plan(flops="70 %", strategies=ROWS[0]) == make_plan(flops="70 %", strategies=[ROWS[0]])
+    assert make_plan(flops="70 %", strategies=(rule for rule in ROWS)) == make_plan(flops="70 %")
 
 
 def test_batches_of_different_shapes_are_refused() -> None:

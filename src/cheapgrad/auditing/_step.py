@@ -21,6 +21,7 @@ from cheapgrad.errors import (
     LossError,
     ModelTypeError,
     ReferenceGradientError,
+    check_finite_loss,
 )
 from cheapgrad.exactness import forced_exact
 
@@ -121,13 +122,15 @@ class Step:
         except Exception as error:
             raise ForwardError(f"the loss function raised {type(error).__name__}: {error}") from error
         _check_loss(loss)
+        value = float(loss.detach())
+        check_finite_loss(value, "the batch", "audit")
         try:
             loss.backward()
         except CheapgradError:
             raise
         except Exception as error:
             raise BackwardError(f"the backward pass raised {type(error).__name__}: {error}") from error
-        return float(loss.detach())
+        return value
 
     def _read(self, made: Any) -> list[Tensor]:
         """Return the tensors that a reference made, one for each parameter."""
@@ -191,13 +194,15 @@ def _check_loss(loss: Any) -> None:
         _refuse(f"{loss!r} of type {type(loss).__name__}")
     if loss.numel() != 1:
         _refuse(f"a tensor of shape {tuple(loss.shape)}")
+    if loss.is_complex():
+        _refuse(f"a tensor of {loss.dtype}")
     if not loss.requires_grad:
         _refuse("a tensor that does not require grad")
 
 
 def _refuse(what: str) -> NoReturn:
     raise LossError(
-        f"the loss function must return a scalar tensor that requires grad, but returned {what}; return e.g. "
+        f"the loss function must return a real scalar tensor that requires grad, but returned {what}; return e.g. "
         "cross_entropy(model(x), y), without backward and without .item()"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +44,9 @@ class _Settings:
         check_alpha(self.alpha)
         if self.seed is not None:
             check_count("seed", self.seed, minimum=0)
-        if isinstance(self.tolerance, bool) or not 0 <= self.tolerance < 1:
-            raise BudgetError(f"tolerance must be in [0, 1), but got {self.tolerance!r}; use e.g. 1e-3")
+        is_number = isinstance(self.tolerance, numbers.Real) and not isinstance(self.tolerance, bool)
+        if not is_number or not 0 <= self.tolerance < 1:
+            raise BudgetError(f"tolerance must be a number in [0, 1), but got {self.tolerance!r}; use e.g. 1e-3")
 
 
 def audit(
@@ -98,7 +100,7 @@ def audit(
     Raises:
         BudgetError: a setting is out of its range.
         ModelTypeError: `model` is no module, or has nothing to train.
-        LossError: the loss is no scalar that requires grad.
+        LossError: the loss is no real scalar that requires grad, or not finite.
         ForwardError: the loss function raised; the cause is the original.
         BackwardError: the backward pass raised.
         NondeterministicForwardError: the model draws and `seed` is not given, or no seed governs what it draws.

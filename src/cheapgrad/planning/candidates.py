@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -63,28 +64,27 @@ def _is_convolution(name: str, module: nn.Module) -> bool:
 
 
 def find_candidates(
-    model: nn.Module, strategies: Sequence[Rule] | None, skip_small: bool
+    model: nn.Module, strategies: Rule | Iterable[Rule] | None, skip_small: bool
 ) -> tuple[dict[str, LayerCandidates], list[str]]:
     """Return what each layer can take, by what `cheapgrad.approximate` would do with each rule.
 
     Args:
         model: as it is when this returns.
-        strategies: rules whose strategies are to be chosen from; None for `default_rules`.
+        strategies: a rule or rules whose strategies are to be chosen from; None for `default_rules`.
         skip_small: leave layers alone that are too small to pay.
 
     Returns:
         Candidates by the name of the layer, in the model's order, and remarks on layers that were left out.
 
     Raises:
-        RuleError: if `strategies` is empty, or asks for recomputation.
+        RuleError: if `strategies` are no rules, none at all, or ask for recomputation.
         NoMatchError: if one of `strategies` matches nothing, or nothing can be planned for.
     """
-    if strategies is not None and not len(strategies):
-        raise RuleError("strategies is empty; give rules to choose from, or None for the usual ones")
+    rules = default_rules() if strategies is None else _list_rules(strategies)
     found: dict[str, LayerCandidates] = {}
     left_out: dict[str, None] = {}
     preview = Preview(model, skip_small)
-    for rule in default_rules() if strategies is None else strategies:
+    for rule in rules:
         for single in _single_moments(rule):
             try:
                 _take_in(model, preview, single, found, left_out)
@@ -101,9 +101,19 @@ def find_candidates(
     return {name: found[name] for name in names}, list(left_out)
 
 
+def _list_rules(strategies: Rule | Iterable[Rule]) -> list[Rule]:
+    """Return the rules of a user; a single one needs no list, as in `cheapgrad.approximate`."""
+    rules: list[Any] = list(strategies) if isinstance(strategies, Iterable) else [strategies]
+    if not rules:
+        raise RuleError("strategies is empty; give rules to choose from, or None for the usual ones")
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            what = f"{rule!r} of type {type(rule).__name__}"
+            raise RuleError(f"strategies must be cheapgrad.Rule objects, but got {what}")
+    return rules
+
+
 def _single_moments(rule: Rule) -> list[Rule]:
-    if not isinstance(rule, Rule):
-        raise RuleError(f"strategies must be cheapgrad.Rule objects, but got {rule!r} of type {type(rule).__name__}")
     if rule.recompute:
         raise RuleError(f"{rule!r} asks for recomputation, which is not planned for; convert with it after the plan")
     stored = [] if rule.stored is None else [Rule(rule.pattern, stored=rule.stored)]

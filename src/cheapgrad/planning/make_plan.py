@@ -20,6 +20,7 @@ from cheapgrad.errors import (
     BudgetError,
     ConversionError,
     ModelTypeError,
+    describe_value,
 )
 from cheapgrad.planning.batches import FEWEST_FOR_ERRORS, MiniBatchVariance, check_shapes
 from cheapgrad.planning.budget import Budget, read_limit
@@ -52,7 +53,7 @@ def plan(
     memory: Budget | None = None,
     flops: Budget | None = None,
     noise: Budget | None = None,
-    strategies: Sequence[Rule] | None = None,
+    strategies: Rule | Sequence[Rule] | None = None,
     skip_small: bool = True,
 ) -> Plan:
     r"""Choose a strategy and its budget for every layer, from a budget for the whole step.
@@ -72,8 +73,8 @@ def plan(
         noise: most added variance, as a fraction of that of the mini-batch gradient (``0.05``, ``"5 %"``). With another
             budget it is a ceiling. Alone, as much as it allows is saved: the sum of the shares of bytes and of FLOPs is
             made small.
-        strategies: rules to choose from, their patterns saying for which layers. By default rows of the cotangent
-            (examples for convolutions) for `flops`, stochastic rounding for `memory`.
+        strategies: a rule or rules to choose from, their patterns saying for which layers. By default rows of the
+            cotangent (examples for convolutions) for `flops`, stochastic rounding for `memory`.
         skip_small: leave layers alone that are too small to pay, as `cheapgrad.approximate` does.
 
     Returns:
@@ -89,11 +90,12 @@ def plan(
     Raises:
         BudgetError: if there is no budget, or it cannot be read.
         UnreachableBudgetError: if no plan keeps it, or two budgets contradict each other; names the nearest one.
-        LossError: if the loss is no scalar, or not finite.
+        LossError: if the loss is no real scalar, or not finite.
+        ForwardError: if the loss function raises; the cause is the original. `BackwardError` if the backward pass does.
         NondeterministicLossError: if the loss of a batch differs from pass to pass from the same random state.
         BatchOrderError: if the order of a batch's examples changes its loss.
-        BatchError: if there are fewer than two batches, or their tensors are of different shapes, or have a gradient
-            that is not finite.
+        BatchError: if `batches` are none, or fewer than two, or their tensors are of different shapes, or have a
+            gradient that is not finite.
         ConversionError: if the model is converted already, or not in training mode.
         NoMatchError: if no layer can take any of the strategies.
         ModelTypeError: if `model` is not a module.
@@ -113,9 +115,7 @@ def plan(
     if not given:
         raise BudgetError("plan needs a budget: memory='60 %', flops='60 %' or noise=0.05, or several of them")
     _check_model(model)
-    used = list(islice(batches, _MOST_BATCHES))
-    if len(used) < 2:
-        raise BatchError(f"plan needs at least 2 batches to measure their variance, but got {len(used)}")
+    used = _take_batches(batches)
     check_shapes(used)
     # Texts are read before anything runs; what they are shares of is not known yet.
     for name, value in given.items():
@@ -127,6 +127,18 @@ def plan(
     # Rules of the user's own say for which modules; so does a budget that no code serves.
     has_regions = strategies is None and ("memory" in given or "flops" not in given)
     return _Planner(step, used, candidates, given, skip_small, left_out, has_regions).make()
+
+
+def _take_batches(batches: Iterable[Any]) -> list[Any]:
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise BatchError(
+            f"batches must be a list or another iterable of training batches, but got {describe_value(batches)}; give "
+            "at least 4, better 8"
+        )
+    used = list(islice(batches, _MOST_BATCHES))
+    if len(used) < 2:
+        raise BatchError(f"plan needs at least 2 batches to measure their variance, but got {len(used)}")
+    return used
 
 
 def _check_model(model: nn.Module) -> None:

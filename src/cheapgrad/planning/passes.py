@@ -13,7 +13,15 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from cheapgrad.convert.wrappers import unwrap
 from cheapgrad.cost._preparation import undisturbed
-from cheapgrad.errors import BatchOrderError, LossError, NondeterministicLossError
+from cheapgrad.errors import (
+    BackwardError,
+    BatchOrderError,
+    CheapgradError,
+    ForwardError,
+    LossError,
+    NondeterministicLossError,
+    check_finite_loss,
+)
 from cheapgrad.seeding import seed_torch
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -50,14 +58,20 @@ class Step:
         """Return the loss of a batch, from the same random state every time.
 
         Raises:
-            LossError: if it is no scalar that requires grad.
+            LossError: if it is no real scalar that requires grad.
+            ForwardError: if the loss function raises; the cause is the original.
         """
         seed_torch(self.seed)
-        loss = self.loss_fn(self.model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not (loss.requires_grad or not torch.is_grad_enabled()):
+        try:
+            loss = self.loss_fn(self.model, batch)
+        except CheapgradError:
+            raise
+        except Exception as error:
+            raise ForwardError(f"the loss function raised {type(error).__name__}: {error}") from error
+        if not _is_loss(loss):
             raise LossError(
-                f"loss_fn(model, batch) must return a scalar loss that requires grad, but returned {_describe(loss)}; "
-                "return e.g. cross_entropy(model(batch[0]), batch[1])"
+                "loss_fn(model, batch) must return a real scalar loss that requires grad, but returned "
+                f"{_describe(loss)}; return e.g. cross_entropy(model(batch[0]), batch[1])"
             )
         return loss.sum()
 
@@ -67,10 +81,18 @@ class Step:
         Args:
             batch: the batch.
             also: returns the other tensors, once the forward pass is over.
+
+        Raises:
+            BackwardError: if the backward pass raises; the cause is the original.
         """
         loss = self.loss(batch)
         others = also()
-        found = torch.autograd.grad(loss, [*self.parameters, *others], allow_unused=True)
+        try:
+            found = torch.autograd.grad(loss, [*self.parameters, *others], allow_unused=True)
+        except CheapgradError:
+            raise
+        except Exception as error:
+            raise BackwardError(f"the backward pass raised {type(error).__name__}: {error}") from error
         self.last_loss = float(loss.detach())
         count = len(self.parameters)
         pairs = zip(self.parameters, found[:count], strict=True)
@@ -102,7 +124,7 @@ def check_loss(step: Step, batch: Any) -> list[str]:
     """
     with step.undisturbed():
         first = step.loss(batch).detach()
-    check_finite_loss(float(first), 0)
+    check_finite_loss(float(first), "batches[0]", "plan")
     with step.undisturbed(), torch.no_grad():
         again = step.loss(batch)
     if _differ(first, again):
@@ -111,20 +133,6 @@ def check_loss(step: Step, batch: Any) -> list[str]:
             "torch; draw with torch's default generator only, or seed the other generators inside loss_fn"
         )
     return _check_order(step, batch)
-
-
-def check_finite_loss(loss: float, number: int) -> None:
-    """Raise `LossError` if the loss is not finite.
-
-    Args:
-        loss: of a batch.
-        number: of the batch.
-    """
-    if not math.isfinite(loss):
-        raise LossError(
-            f"the loss of batches[{number}] is {loss}, so it has no gradient to compare noise with; look for such "
-            "values in the batch, or plan before the model diverges"
-        )
 
 
 def _check_order(step: Step, batch: Any) -> list[str]:
@@ -168,7 +176,15 @@ def _differ(first: Tensor, second: Tensor) -> bool:
     return not float((first.detach() - second.detach()).abs()) <= _ULPS * unit
 
 
+def _is_loss(value: object) -> bool:
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+        return False
+    return value.requires_grad or not torch.is_grad_enabled()
+
+
 def _describe(value: object) -> str:
+    if isinstance(value, Tensor) and value.is_complex():
+        return f"a tensor of {value.dtype}"
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}" + ("" if value.requires_grad else " that does not")
     return f"{value!r} of type {type(value).__name__}"

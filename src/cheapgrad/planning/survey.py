@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cheapgrad.errors import BatchError
+from cheapgrad.errors import BatchError, check_finite_loss
 from cheapgrad.planning.batches import MiniBatchVariance
 from cheapgrad.planning.candidates import LayerCandidates
 from cheapgrad.planning.capture import Capture, capture_pass
 from cheapgrad.planning.parts import Group, Unit, find_groups, find_units
 from cheapgrad.planning.passed_down import PassedDown
-from cheapgrad.planning.passes import Step, check_finite_loss
+from cheapgrad.planning.passes import Step
 from cheapgrad.planning.plan_noise import Observed
 from cheapgrad.planning.tangents import push_forward
 
@@ -61,7 +61,7 @@ class Survey:
         """
         number = self.variance.batches
         capture = capture_pass(self._step, self._layers, batch, finds_holders=not number)
-        check_finite_loss(capture.loss, number)
+        check_finite_loss(capture.loss, f"batches[{number}]", "plan")
         _check_finite_gradient(self._step, capture, number)
         self.variance.add(capture.gradient)
         if not number:

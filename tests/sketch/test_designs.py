@@ -252,6 +252,37 @@ def test_several_draws_at_once_equal_single_draws_from_the_same_numbers(design, 
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("design", [Systematic(), IN_ORDER, OrderedPivotal()], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("lines", [0, 2])
+def test_probabilities_of_other_precisions_draw_as_their_values_do(design, dtype, lines):
+    generator = torch.Generator().manual_seed(3)
+    for size, count in ((1, 1), (7, 3), (300, 40)):
+        wide = water_filling(torch.rand(size, generator=generator, dtype=torch.float64), count)
+        probabilities = wide.to(dtype)
+        for numbers in torch.rand(20, 2 * size, generator=generator, dtype=torch.float64):
+            randomness = (numbers,)
+            if isinstance(design, Systematic):
+                randomness = (numbers[:size].argsort(), numbers[-1:]) if design.permute else (numbers[-1:],)
+            if lines:
+                randomness = tuple(part.expand(lines, -1) for part in randomness)
+                probabilities = probabilities.expand(lines, -1)
+            index = design.select(probabilities, randomness, count)
+            assert torch.equal(index, design.select(probabilities.double(), randomness, count))
+            assert all(len(line.unique()) == count for line in index.view(-1, count))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("design", [Systematic(), IN_ORDER, OrderedPivotal()], ids=repr)
+@pytest.mark.parametrize("size", [0, 5])
+@pytest.mark.parametrize("lines", [(), (2,)])
+def test_nothing_is_drawn_of_nothing_without_a_warning(design, size, lines):
+    probabilities = torch.zeros(*lines, size, dtype=torch.float64)
+    index = design.select(probabilities, design.draw_randomness(probabilities, None), 0)
+    assert index.shape == (*lines, 0)
+    assert index.dtype == torch.int64
+
+
 # The first and last number of the door where ranks are folded in.
 @pytest.mark.parametrize("start", [2.0**-33, 1 - 2.0**-33])
 @pytest.mark.parametrize("seed", range(20))

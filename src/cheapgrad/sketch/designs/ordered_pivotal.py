@@ -54,7 +54,8 @@ class OrderedPivotal(AbstractFixedSizeDesign):
 
     def select(self, probabilities: Tensor, randomness: tuple[Tensor, ...], count: int) -> Tensor:
         """Return the chosen indices for given numbers."""
-        (numbers,) = randomness
+        # Lengths are added up, and NumPy knows no bfloat16.
+        probabilities, numbers = probabilities.double(), randomness[0].double()
         if probabilities.dim() == 1 and is_plain(probabilities) and is_plain(numbers):
             return torch.from_numpy(_select_array(probabilities.numpy(), numbers.numpy(), count))
         spots, duels = numbers[..., :count], numbers[..., count : 2 * count]
@@ -163,6 +164,8 @@ def _cut(probabilities: Tensor, count: int) -> _Cells:
 
 def _select_array(probabilities: np.ndarray, numbers: np.ndarray, count: int) -> np.ndarray:
     """Do what `OrderedPivotal.select` does for one line of atoms, in a quarter of the time."""
+    if not count:
+        return np.zeros(0, dtype=np.int64)
     number = np.arange(count)
     ends = probabilities.cumsum()
     ends *= count / ends[-1]

@@ -62,6 +62,8 @@ class Systematic(AbstractFixedSizeDesign):
     def select(self, probabilities: Tensor, randomness: tuple[Tensor, ...], count: int) -> Tensor:
         """Return the chosen indices for a given order and starting point."""
         order, start = randomness if self.permute else (None, *randomness)
+        # Lengths are added up, and NumPy knows no bfloat16.
+        probabilities, start = probabilities.double(), start.double()
         if probabilities.dim() == 1 and is_plain(probabilities) and is_plain(start):
             order = None if order is None else order.numpy()
             return torch.from_numpy(_select_array(probabilities.numpy(), order, float(start), count))
@@ -109,6 +111,8 @@ class Systematic(AbstractFixedSizeDesign):
 
 def _select_array(probabilities: np.ndarray, order: np.ndarray | None, start: float, count: int) -> np.ndarray:
     """Do the same for one line of atoms, and return the indices in order: memory is then read in order."""
+    if not count:
+        return np.zeros(0, dtype=np.int64)
     ends = (probabilities if order is None else probabilities[order]).cumsum()
     ends *= count / ends[-1]
     position = np.minimum(ends.searchsorted(np.arange(count) + start, side="right"), ends.size - 1)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch.random import _seed_custom_device
 
 
 def seed_torch(seed: int) -> None:
-    """Do what `torch.manual_seed` does on the devices in use.
+    """Do what `torch.manual_seed` does on the devices in use: CPU, CUDA, XPU, MPS and a custom one.
 
-    For others it writes a stack trace down, which takes as long as a small step.
+    For a CUDA or XPU that this process has not touched yet, it writes a stack trace down, which takes as long as a small
+    step, and puts the seed in the place of the one that is waiting for the device. Here that one is left alone: no pass
+    has drawn there, and a user's own ``torch.manual_seed`` still holds when the device is first used. MTIA is left out.
 
     >>> seed_torch(0)
     >>> first = torch.rand(2)
@@ -17,7 +20,9 @@ def seed_torch(seed: int) -> None:
     True
     """
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
+    for device in (torch.cuda, torch.xpu):
+        if device.is_initialized():
+            device.manual_seed_all(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
+    _seed_custom_device(seed)

@@ -9,9 +9,10 @@ from torch.random import _seed_custom_device
 def seed_torch(seed: int) -> None:
     """Do what `torch.manual_seed` does on the devices in use: CPU, CUDA, XPU, MPS and a custom one.
 
-    For a CUDA or XPU that this process has not touched yet, it writes a stack trace down, which takes as long as a small
-    step, and puts the seed in the place of the one that is waiting for the device. Here that one is left alone: no pass
-    has drawn there, and a user's own ``torch.manual_seed`` still holds when the device is first used. MTIA is left out.
+    For a CUDA or XPU that this process has not touched yet, it writes a stack trace down, which takes as long as a
+    small step, and puts the seed in the place of the one that is waiting for the device. Here that one is left alone:
+    no pass has drawn there, and a user's own ``torch.manual_seed`` still holds when the device is first used. MTIA is
+    left out.
 
     >>> seed_torch(0)
     >>> first = torch.rand(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -87,3 +88,69 @@ def test_no_budget_is_read_off_a_curve_that_is_not_finite() -> None:
         other[4] = changed
         with pytest.raises(ControlError, match="the noise of layer 'a' is not finite"):
             find_shift({"a": other}, {"a": 0.5}, {"a": weight}, target, 0.01)
+
+
+def _damaged(state: dict[str, Any]) -> dict[str, tuple[dict[str, Any], str]]:
+    """Return states that are each damaged in one place, and what names it."""
+    curve, pair, record = state["curves"]["head"], state["layers"]["head"], state["history"][0]
+    return {
+        **{f"{name} None": ({**state, name: None}, f"{name} must be") for name in state if name not in _NONE_ALLOWED},
+        "step -1": ({**state, "step": -1}, "step must be a whole number of at least 0, but is -1"),
+        "step 2.5": ({**state, "step": 2.5}, "step must be a whole number of at least 0, but is 2.5"),
+        "shift": ({**state, "shift": 1e9}, "shift must be a number from -12 to 12, but is 1000000000.0"),
+        "misses": ({**state, "misses": True}, "misses must be a whole number of at least 0, but is True"),
+        "noise": ({**state, "noise": math.nan}, "noise must be a finite number or None, but is nan"),
+        "log_size": ({**state, "log_size": "0"}, "log_size must be a finite number or None, but is '0'"),
+        "totals short": ({**state, "totals": state["totals"][:3]}, "totals must be 7 finite float64 numbers"),
+        "totals list": ({**state, "totals": [0.0] * 7}, "totals must be 7 finite float64 numbers"),
+        "totals nan": ({**state, "totals": state["totals"] * math.nan}, "totals must be 7 finite"),
+        "totals zero": ({**state, "totals": state["totals"] * 0}, "with predicted_gain above 0"),
+        "rows": ({**state, "rows": {"head": 0}}, "rows must be a number of rows by layer"),
+        "rows of others": ({**state, "rows": {"tail": 8}}, "rows must be of the layers"),
+        "curves": ({**state, "curves": {"head": curve[:, 1:]}}, r"curves must be a finite float64 tensor of shape"),
+        "curves zero": ({**state, "curves": {"head": curve * 0}}, "with weights above 0"),
+        "curves of others": ({**state, "curves": {"tail": curve}}, "curves must be of the layers"),
+        "layers": ({**state, "layers": {"head": pair[0]}}, r"layers must be a finite float64 tensor of shape \[2\]"),
+        "layers missing": ({**state, "layers": {}}, "layers must be of all layers that have a curve"),
+        "followers": ({**state, "followers": "head"}, "followers must be a list of layers"),
+        "keeps": ({**state, "keeps": {"head": "0.5"}}, "keeps must be a number for each layer"),
+        "settings": ({**state, "settings": {"noise": torch.ones(2)}}, "settings must be a number"),
+        "history": ({**state, "history": [{"step": 0}]}, "history must be a list of records"),
+        "record": ({**state, "history": [{**record, "noise": None}]}, "history must be a list of records"),
+    }
+
+
+_NONE_ALLOWED = ("noise", "log_size")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def test_damaged_states_are_named_and_nothing_of_them_is_loaded() -> None:
+    model, handle, controller = _setup(noise=0.1)
+    generator = torch.Generator().manual_seed(12)
+    for _ in range(10):
+        _step(model, controller, generator)
+    saved = controller.state_dict()
+    for _ in range(4):
+        _step(model, controller, generator)
+    before, trial, in_force = _plain(controller.state_dict()), controller._trial, handle.strategies()
+    for case, (state, text) in _damaged(saved).items():
+        with pytest.raises(ControlError, match=text):
+            controller.load_state_dict(state)
+        assert _plain(controller.state_dict()) == before, case
+        assert controller._trial is trial, case
+        assert all(handle.strategies()[name] is value for name, value in in_force.items()), case
+    _step(model, controller, generator)
+    controller.load_state_dict(saved)
+    assert controller.state_dict()["step"] == 10
+
+
+@pytest.mark.parametrize("state", [None, 3, [], "state"])
+def test_what_is_no_state_is_named(state: Any) -> None:
+    _, _, controller = _setup()
+    with pytest.raises(ControlError, match=f"this is no state of a controller, but a {type(state).__name__}"):
+        controller.load_state_dict(state)

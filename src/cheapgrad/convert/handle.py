@@ -26,7 +26,6 @@ from cheapgrad.errors import (
     nearest_match,
 )
 from cheapgrad.exactness import forced_exact
-from cheapgrad.ops.compiled import plan_text
 from cheapgrad.sketch import AbstractStrategy
 
 
@@ -58,7 +57,11 @@ class Handle:
         if record.name not in layers:
             remark = "the layer was replaced or removed since it was converted"
             return dataclasses.replace(record, status="gone", remark=remark, stored=None, cotangent=None)
-        return dataclasses.replace(record, **predict_sizes(layers[record.name]))
+        layer = layers[record.name]
+        # Another handle of the conversion may have replaced it.
+        cotangent = layer._cheapgrad.plan.cotangent
+        text = repr(cotangent) if cotangent else None
+        return dataclasses.replace(record, cotangent=text, **predict_sizes(layer))
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
@@ -84,6 +87,8 @@ class Handle:
         layers = list(self._converted())
         for name, module in layers:
             _check_own_class(name, module)
+        # As they were last.
+        self._records = self.rows
         for _, module in layers:
             object.__setattr__(module, "__class__", module._cheapgrad.original_class)
             del module.__dict__["_cheapgrad"]
@@ -120,16 +125,7 @@ class Handle:
             if type(strategy) is not type(present[name]):
                 raise PlacementError(f"layer {name!r} has {present[name]!r}, which {strategy!r} cannot stand in for")
         for name, strategy in strategies.items():
-            conversion = layers[name]._cheapgrad
-            plan = conversion.plan
-            text = plan_text(plan.stored, strategy, plan.recompute)
-            conversion.plan = dataclasses.replace(plan, cotangent=strategy, text=text)
-        self._records = tuple(
-            dataclasses.replace(record, cotangent=repr(strategies[record.name]))
-            if record.name in strategies
-            else record
-            for record in self._records
-        )
+            layers[name]._cheapgrad.replace_cotangent(strategy)
 
     def seen_sizes(self) -> dict[str, Any]:
         """Return the sizes of every converted layer's last training pass, by the layer's name; None before one.

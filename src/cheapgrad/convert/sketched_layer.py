@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +13,23 @@ from torch import Tensor, nn
 
 from cheapgrad.convert.kinds import LayerKind, LayerUse, kind_of
 from cheapgrad.exactness import is_forced_exact, is_in_step
+from cheapgrad.ops.compiled import plan_text
 from cheapgrad.ops.plan import Plan
-from cheapgrad.sketch import Moment, random
+from cheapgrad.sketch import AbstractStrategy, Moment, random
 
 
 class Switch:
-    """Shared by all layers of a handle: how many `exact` contexts are open."""
+    """Shared by all layers of a conversion, and so by its handles.
+
+    Attributes:
+        exact_depth: how many `exact` contexts are open.
+        owner: who moves the strategies of layers, or None; see `steering`.
+        steered: what these layers carry.
+    """
+
+    # Pickles from before there were any lack them.
+    owner: object = None
+    steered: tuple[Conversion, ...] = ()
 
     def __init__(self) -> None:
         self.exact_depth = 0
@@ -28,7 +40,7 @@ class Switch:
         return self.exact_depth > 0 or is_forced_exact()
 
     def __getstate__(self) -> dict[str, int]:
-        """Copies and pickles are made outside of any context: nobody would ever close theirs."""
+        """Copies and pickles are outside of any context, which nobody would ever close, and nobody steers them."""
         return {"exact_depth": 0}
 
 
@@ -55,6 +67,7 @@ class Conversion:
         shape: sizes seen in the last eager training forward, or None.
         seen: what `shape` was made from.
         probe: set while a prediction is being made.
+        before_steering: the cotangent's strategy as converted, where somebody moves it; else None.
     """
 
     original_class: type[nn.Module]
@@ -63,6 +76,12 @@ class Conversion:
     shape: Any = None
     seen: tuple[Any, ...] = ()
     probe: Probe | None = field(default=None, compare=False)
+    before_steering: AbstractStrategy | None = None
+
+    def replace_cotangent(self, strategy: AbstractStrategy) -> None:
+        """Sketch the cotangent by another strategy of the same class from now on."""
+        text = plan_text(self.plan.stored, strategy, self.plan.recompute)
+        self.plan = dataclasses.replace(self.plan, cotangent=strategy, text=text)
 
     def draws_forward(self, module: nn.Module) -> bool:
         """Tell whether the forward pass of `module` draws: not for a weight that was frozen since."""

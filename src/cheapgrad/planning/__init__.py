@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from cheapgrad.planning.adam_correction import adam_learning_rate_factor
-from cheapgrad.planning.controller import Controller, ControlRecord
+from cheapgrad.planning.controller import Controller
 from cheapgrad.planning.controller_law import NoiseSchedule
+from cheapgrad.planning.controller_state import ControlRecord
 from cheapgrad.planning.frontier import Frontier, Option, Point
 from cheapgrad.planning.local_quadratic import LocalQuadratic
 from cheapgrad.planning.make_plan import plan

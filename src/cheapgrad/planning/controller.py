@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +23,9 @@ from cheapgrad.planning.controller_law import (
 )
 from cheapgrad.planning.controller_memory import recall, remember
 from cheapgrad.planning.controller_pass import TOTALS
-from cheapgrad.planning.controller_settings import check_keeps, check_settings, describe_settings
+from cheapgrad.planning.controller_settings import describe_settings
 from cheapgrad.planning.controller_share import has_ranks, share_trial
+from cheapgrad.planning.controller_state import ControlRecord, read_state
 from cheapgrad.planning.controller_trial import Look, Trial, TrialDesign
 from cheapgrad.sketch import LayerShape
 
@@ -48,25 +48,8 @@ _MISSES_ALLOWED = 3
 _CURVE_LOOKS_BETWEEN, _LAYER_LOOKS_BETWEEN = 16, 4
 # Budgets of fewer rows than this, kept or left out, take turns between two whole numbers.
 _FEW_ROWS = 64
-
-
-@dataclass(frozen=True)
-class ControlRecord:
-    """What the controller knew and did after a comparison of halves.
-
-    Attributes:
-        step: optimizer steps made.
-        target: ω asked for at this step.
-        noise: ω estimated at the budgets that were in force.
-        calibration: measured noise over what the draws alone predict: how far noise grows on its way down.
-        keep: mean of the keep fractions chosen.
-    """
-
-    step: int
-    target: float
-    noise: float
-    calibration: float
-    keep: float
+# What torch takes for a seed.
+_SEEDS = 2**63
 
 
 class Controller:
@@ -79,8 +62,8 @@ class Controller:
     budget; all budgets are then shifted together, by a common factor of their odds.
 
     Args:
-        handle: of a model with `RowSample` on the cotangent of some layers. A controller made for it before is
-            relieved, and the keep fractions are those of the conversion again.
+        handle: of a model with `RowSample` on the cotangent of some layers. A controller made before, for any handle
+            of this conversion, is relieved, and the keep fractions are those of the conversion again.
         noise: target ω = added variance ÷ mini-batch variance, or a `NoiseSchedule`.
         every: steps between trials, at least 1, after the first ones, which follow closely.
         least_keep: no keep fraction falls below it, in (0, 1].
@@ -101,6 +84,7 @@ class Controller:
     Raises:
         ControlError: `handle` is no `Handle`, no layer samples rows of its cotangent, or a number out of range.
         BudgetError: if `every` or `least_keep` is out of range.
+        ConversionError: if the handle was reverted. Whatever is raised, a controller made before stays in charge.
 
     >>> import torch, cheapgrad
     >>> from cheapgrad.sketch import RowSample
@@ -156,6 +140,8 @@ class Controller:
         self.history: list[ControlRecord] = []
         self.obstacle = ""
         self._prepare()
+        # Last, so that a controller that could not be made has relieved nobody.
+        self._claim.take()
 
     @property
     def target(self) -> float:
@@ -197,12 +183,11 @@ class Controller:
 
         Raises:
             ControlError: if several trials in a row showed nothing; the message says why. If another controller was
-                made for the handle since.
+                made for the model since, or a layer is gone; the message names it.
             ConversionError: if the handle was reverted.
         """
-        self._claim.check(self._handle)
-        sizes = self._handle.seen_sizes()
-        rows = {name: shape.rows for name in self._base if isinstance(shape := sizes[name], LayerShape)}
+        sizes = self._claim.seen_sizes()
+        rows = {name: shape.rows for name, shape in sizes.items() if isinstance(shape, LayerShape)}
         if not has_ranks():
             self._rows = rows
         if self._trial is not None:
@@ -236,20 +221,17 @@ class Controller:
         """Go on from a state that `state_dict` returned, with the same arguments and a handle made by the same rules.
 
         Raises:
-            ControlError: if the state is of other layers or arguments, or no state of a controller.
+            ControlError: if the state is of other layers or arguments, damaged, or no state of a controller; nothing
+                is loaded then. If another controller was made for the model since, or a layer is gone.
+            ConversionError: if the handle was reverted.
         """
-        missing = self.state_dict().keys() - state.keys()
-        if missing:
-            raise ControlError(f"this is no state of a controller: {', '.join(sorted(missing))} is missing")
-        check_settings(state["settings"], self._settings)
-        check_keeps(state["keeps"], {layer: strategy.keep for layer, strategy in self._base.items()})
-        self._step, self._shift, self._misses = state["step"], state["shift"], state["misses"]
-        self._measured, self._log_size = state["noise"], state["log_size"]
-        self._totals, self._rows = state["totals"].clone().cpu(), dict(state["rows"])
-        self._curves = {layer: curve.clone().cpu() for layer, curve in state["curves"].items()}
-        self._layers = {layer: pair.clone().cpu() for layer, pair in state["layers"].items()}
-        self._followers = frozenset(state["followers"])
-        self.history = [ControlRecord(**record) for record in state["history"]]
+        self._claim.seen_sizes()
+        read = read_state(state, self._settings, {layer: strategy.keep for layer, strategy in self._base.items()})
+        self._step, self._shift, self._misses = read.step, read.shift, read.misses
+        self._measured, self._log_size = read.noise, read.log_size
+        self._totals, self._rows = read.totals, read.rows
+        self._curves, self._layers, self._followers = read.curves, read.layers, read.followers
+        self.history = read.history
         self._prepare()
 
     def _keeps(self, shift: float) -> dict[str, float]:
@@ -284,7 +266,8 @@ class Controller:
         self._trial, designs = None, {name: value.design for name, value in self._base.items()}
         if look is not None:
             layers = frozenset(self._curves) if look is Look.CURVES else None
-            self._trial = Trial(self._seed + 0x9E3779B1 * (self._step + 1), self._count_examples, look, layers)
+            seed = (self._seed + 0x9E3779B1 * (self._step + 1)) % _SEEDS
+            self._trial = Trial(seed, self._claim.count_examples, look, layers)
             designs = {name: TrialDesign(design, self._trial, name, keeps[name]) for name, design in designs.items()}
         if look is Look.HALVES and self._curves:
             keeps = self._keeps(self._find_shift(self._trial_factor() * self.target))
@@ -301,17 +284,6 @@ class Controller:
         rows = self._rows.get(name)
         is_coarse = rows is not None and rows * min(keep, 1 - keep) < _FEW_ROWS
         return round_keep(keep, rows, self._step, place) if is_coarse else keep
-
-    def _count_examples(self) -> int | None:
-        """Return B of the last forward pass: the fewest blocks that any controlled layer's rows form."""
-        sizes = self._handle.seen_sizes()
-        counts = [
-            shape.examples
-            for name in self._base
-            for shape in (sizes[name] if isinstance(sizes[name], tuple) else (sizes[name],))
-            if isinstance(shape, LayerShape)
-        ]
-        return min(counts, default=None)
 
     def _take_in(self, trial: Trial, rows: dict[str, int]) -> None:
         device = next(self._handle.model.parameters()).device

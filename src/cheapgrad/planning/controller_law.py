@@ -13,7 +13,8 @@ from cheapgrad.planning.controller_curve import relative_variance
 
 # Bisection steps: budgets to eight digits.
 _HALVINGS = 40
-_LARGEST_SHIFT = 12.0
+#: The factor of all odds stays within this, as a logarithm.
+LARGEST_SHIFT = 12.0
 # Multiples of the first are spread over the unit interval most evenly; of both, over the square.
 _GOLDEN_RATIO, _OTHER_RATIO = 0.6180339887498949, 0.7548776662466927
 
@@ -117,7 +118,7 @@ def find_shift(
                 f"the noise of layer {layer!r} is not finite (weight {weights[layer]:.3g}, curve up to "
                 f"{float(curve.max()):.3g}, target {target:.3g}); go on from a state that was saved before"
             )
-    low, high = -_LARGEST_SHIFT, _LARGEST_SHIFT
+    low, high = -LARGEST_SHIFT, LARGEST_SHIFT
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         shifted = {layer: shift_keep(keeps[layer], middle, least_keep) for layer in curves}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -208,6 +210,10 @@ class TrialDesign(AbstractDesign):
     def __repr__(self) -> str:
         """Show the design that a reader chose."""
         return repr(self.base)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as the base alone: a trial looks at the passes of one model, and knows its controller."""
+        return copy.copy, (self.base,)
 
     def draw(self, scores: Tensor, count: int, generator: torch.Generator | None = None) -> Selection:
         """Draw a share ``count / n`` of the atoms; of the sampled examples' alone, where halves are compared."""

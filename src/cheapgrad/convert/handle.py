@@ -58,10 +58,7 @@ class Handle:
             remark = "the layer was replaced or removed since it was converted"
             return dataclasses.replace(record, status="gone", remark=remark, stored=None, cotangent=None)
         layer = layers[record.name]
-        # Another handle of the conversion may have replaced it.
-        cotangent = layer._cheapgrad.plan.cotangent
-        text = repr(cotangent) if cotangent else None
-        return dataclasses.replace(record, cotangent=text, **predict_sizes(layer))
+        return dataclasses.replace(_show_cotangent(record, layer), **predict_sizes(layer))
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
@@ -87,8 +84,10 @@ class Handle:
         layers = list(self._converted())
         for name, module in layers:
             _check_own_class(name, module)
-        # As they were last.
-        self._records = self.rows
+        shown = dict(layers)
+        self._records = tuple(
+            _show_cotangent(record, shown[record.name]) if record.name in shown else record for record in self._records
+        )
         for _, module in layers:
             object.__setattr__(module, "__class__", module._cheapgrad.original_class)
             del module.__dict__["_cheapgrad"]
@@ -279,6 +278,12 @@ class Handle:
     def _check_live(self) -> None:
         if self._reverted:
             raise ConversionError("this handle was reverted already; call cheapgrad.approximate again")
+
+
+def _show_cotangent(record: LayerRecord, layer: SketchedLayer) -> LayerRecord:
+    """Return the record with the strategy in force, which another handle of the conversion may have replaced."""
+    cotangent = layer._cheapgrad.plan.cotangent
+    return dataclasses.replace(record, cotangent=repr(cotangent) if cotangent else None)
 
 
 def _check_own_class(name: str, module: SketchedLayer) -> None:

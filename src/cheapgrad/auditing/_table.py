@@ -91,9 +91,15 @@ def write_verdict(report: AuditReport) -> str:
             "seen in the whole gradient"
         )
         visible = [layer for layer in report.layers if layer.squared_norm > 0]
-        blindest = max(visible, key=lambda layer: layer.detectable_relative_bias, default=None)
+        hidden = [layer.name for layer in visible if layer.detectable_relative_bias >= 1]
+        blindest = max((layer.detectable_relative_bias for layer in visible if layer.name not in hidden), default=None)
         if blindest is not None:
-            text += f", of {_percent(blindest.detectable_relative_bias)} in every parameter"
+            text += f", of {_percent(blindest)} in every parameter"
+        if hidden:
+            text += (
+                f"; but not one as large as the gradient itself in {len(hidden)} whose gradient is small beside its "
+                f"noise or rounding, such as {hidden[0]}"
+            )
         return f"{text}. {_on_noise(report)}"
     biased = report.biased_layers
     named = ", ".join(f"{layer.name} ({_describe(layer)})" for layer in biased[:_NAMED])

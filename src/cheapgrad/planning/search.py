@@ -23,8 +23,8 @@ _DRAWS = 3
 _ROUNDS = 4
 # A budget that no plan keeps is widened by these factors until one is found; the exact step keeps the last.
 _WIDER = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, math.inf)
-# Between two budgets asked for and those found so far, as parts of the way.
-_NARROWER = (0.25, 0.5, 0.75)
+# How often the way between two budgets asked for and those found so far is halved.
+_BISECTIONS = 5
 # By how much the model of the costs may be too high.
 _SLACKS = (1.0, 1.03, 1.06, 1.1)
 # A ceiling that was read off a plan is not missed by the rounding of a quotient.
@@ -186,13 +186,20 @@ class Search:
         return " and ".join(f"{limit.name}={limit.given!r}" for limit in wider.values())
 
     def _narrow(self, name: str, asked: Limit, wider: Mapping[str, Limit], ceiling: Limit | None) -> Limit:
-        """Return the first budget between what was asked and what is kept that is kept beside the others."""
-        low, high = asked.value / self._exact_cost(name), wider[name].value / self._exact_cost(name)
-        between = [self._limit(name, low + part * (high - low)) for part in _NARROWER] if high > low else []
-        for limit in (asked, *between):
-            if limit.value < wider[name].value and self._is_reachable({**wider, name: limit}, ceiling):
-                return limit
-        return wider[name]
+        """Return a budget between what was asked and what is kept, near the least that is kept beside the others."""
+        if asked.value >= wider[name].value:
+            return wider[name]
+        if self._is_reachable({**wider, name: asked}, ceiling):
+            return asked
+        kept, exact = wider[name], self._exact_cost(name)
+        refused = asked.value / exact
+        for _ in range(_BISECTIONS):
+            limit = self._limit(name, (refused + kept.value / exact) / 2)
+            if limit.value < kept.value and self._is_reachable({**wider, name: limit}, ceiling):
+                kept = limit
+            else:
+                refused = limit.value / exact
+        return kept
 
     def _contradiction(self, costs: Mapping[str, Limit], ceiling: Limit, found: Found) -> UnreachableBudgetError:
         """Say which ceiling the plan keeps, and which costs the ceiling allows."""

@@ -9,4 +9,4 @@ def count_kept(keep: float, size: int) -> int:
     >>> count_kept(0.25, 2048), count_kept(0.1, 3)
     (512, 1)
     """
-    return min(size, max(1, int(keep * size + 0.5)))
+    return min(int(size), max(1, int(keep * size + 0.5)))

@@ -78,10 +78,11 @@ def draw_plane_dither(like: Tensor, batch: int, channels: int, pixels: int, bloc
 
 
 def _shifts(count: int, device: torch.device) -> Tensor:
-    return torch.tensor(van_der_corput(int(count)), dtype=torch.float32, device=device)
+    # The compiler looks through the cache, and warns of it.
+    sequence = van_der_corput if torch.compiler.is_compiling() else _cached_sequence
+    return torch.tensor(sequence(int(count)), dtype=torch.float32, device=device)
 
 
-@functools.lru_cache(maxsize=64)
 def van_der_corput(count: int) -> tuple[float, ...]:
     """Return the first `count` numbers of the van der Corput sequence in base 2: binary digits mirrored at the point.
 
@@ -90,3 +91,6 @@ def van_der_corput(count: int) -> tuple[float, ...]:
     """
     digits = max(count - 1, 1).bit_length()
     return tuple(int(f"{index:0{digits}b}"[::-1], 2) / 2**digits for index in range(count))
+
+
+_cached_sequence = functools.lru_cache(maxsize=64)(van_der_corput)

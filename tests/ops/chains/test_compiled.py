@@ -247,3 +247,16 @@ def test_strategies_that_cannot_be_written_down_run_layer_by_layer():
     x = torch.randn(10, WIDTH)
     for found, wanted in zip(gradients(model, x, run_compiled), gradients(stock, x), strict=True):
         assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.999])
+def test_batches_of_other_sizes_are_compiled_anew(keep):
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+    approximate(model, Rule("*", cotangent=RowSample(keep)), skip_small=False)
+    function = torch.compile(model, backend="aot_eager")
+    for size in (8, 7, 6):
+        x = torch.randn(size, 5, WIDTH, requires_grad=True)
+        function(x).sum().backward()
+        kept = int((x.grad.flatten(0, 1).abs().sum(1) > 0).sum())
+        assert kept == int(keep * size * 5 + 0.5)

@@ -1,8 +1,8 @@
 """What Python a compiled graph was made from, in a word.
 
 The compiler keeps graphs on disk, and finds them by what the graph calls and with which texts. It does not see the
-Python that runs inside an operator while the graph is traced: with another version of this package, or of a user's
-strategy, it would hand out the graph of the old one. So the texts name the code.
+Python that runs inside an operator while the graph is traced: with another version of this package it would hand out
+the graph of the old one. So the texts name the code.
 """
 
 from __future__ import annotations
@@ -10,10 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import inspect
-import sys
-import uuid
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cheapgrad._version import __version__
@@ -22,21 +18,9 @@ from cheapgrad.sketch.value import Value
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 
-def name_code(values: Iterable[Value | None]) -> str:
-    """Return a word that is another one if the code of this package, or of the values' classes, is.
-
-    Args:
-        values: strategies; what they are made of counts too.
-    """
-    foreign = {name for value in values for name in _modules(value) if not name.startswith("cheapgrad.")}
-    return "-".join([hash_files(_PACKAGE), *map(_hash_module, sorted(foreign))])
-
-
-def _modules(value: object) -> Iterator[str]:
-    if isinstance(value, Value):
-        yield from (cls.__module__ for cls in type(value).__mro__ if issubclass(cls, Value))
-        for field in dataclasses.fields(value):  # type: ignore[arg-type] - every subclass is a dataclass
-            yield from _modules(getattr(value, field.name))
+def name_code() -> str:
+    """Return a word that is another one if the code of this package is."""
+    return hash_files(_PACKAGE)
 
 
 @functools.cache
@@ -50,10 +34,11 @@ def hash_files(folder: Path) -> str:
     return found.hexdigest()[:16] if paths else __version__
 
 
-@functools.cache
-def _hash_module(name: str) -> str:
-    try:
-        return hashlib.sha256(inspect.getsource(sys.modules[name]).encode()).hexdigest()[:16]
-    except (OSError, TypeError, KeyError):
-        # Typed at a prompt: another one for every process.
-        return uuid.uuid4().hex[:16]
+def is_ours(value: object) -> bool:
+    """Tell whether a strategy, and all that it is made of, is of this package, whose code has a name."""
+    if not isinstance(value, Value):
+        return True
+    fields = dataclasses.fields(value)  # type: ignore[arg-type] - every subclass is a dataclass
+    return type(value).__module__.startswith("cheapgrad.") and all(
+        is_ours(getattr(value, field.name)) for field in fields
+    )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cheapgrad.errors import CheapgradError
 from cheapgrad.ops.activation import Activation
-from cheapgrad.ops.chains.code_identity import name_code
+from cheapgrad.ops.chains.code_identity import is_ours, name_code
 from cheapgrad.ops.plan import Plan, RootUse
 from cheapgrad.sketch import AbstractStrategy
 from cheapgrad.sketch.value import from_dict
@@ -33,7 +33,9 @@ torch.library.define("cheapgrad::row_wise_", "(Tensor(a!) x, float[] numbers, st
 
 
 def plan_text(stored: AbstractStrategy | None, cotangent: AbstractStrategy | None, recompute: bool) -> str:
-    """Return strategies and the code they run as text, or none if they cannot be read back, as some of a user's own.
+    """Return strategies as text, or an empty one for a user's own.
+
+    Those the compiler reads itself, layer by layer: a graph on disk would not know when their code has changed.
 
     Args:
         stored: see `Plan`.
@@ -41,9 +43,10 @@ def plan_text(stored: AbstractStrategy | None, cotangent: AbstractStrategy | Non
         recompute: see `Plan`.
     """
     strategies = (stored, cotangent)
+    if not all(map(is_ours, strategies)):
+        return ""
     try:
-        described = (None if each is None else each.to_dict() for each in strategies)
-        text = json.dumps([*described, recompute, name_code(strategies)])
+        text = json.dumps([*(None if each is None else each.to_dict() for each in strategies), recompute])
         plan = _read_plan(text)
     except (TypeError, ValueError, CheapgradError):
         return ""
@@ -51,7 +54,7 @@ def plan_text(stored: AbstractStrategy | None, cotangent: AbstractStrategy | Non
 
 
 def _read_plan(text: str) -> Plan:
-    stored, cotangent, recompute, _ = json.loads(text)
+    stored, cotangent, recompute = json.loads(text)
     return Plan(
         None if stored is None else from_dict(stored),
         None if cotangent is None else from_dict(cotangent),
@@ -86,7 +89,7 @@ def call_in_place(x: Tensor, plan: Plan, *layer: Any, numbers: Sequence[float] =
 
 
 def _as_text(layer: tuple[Any, ...]) -> str:
-    return json.dumps(layer)
+    return json.dumps([name_code(), *layer])
 
 
 # What `torch.compiler.assume_constant_result` does, which would import the compiler with this package.
@@ -102,11 +105,13 @@ def define_operator(bodies: dict[str, Body], in_place: Body) -> None:
     """
 
     def run(x: Tensor, parameters: list[Tensor | None], numbers: list[float], layer: str, plan: str) -> Tensor:
-        name, *options = json.loads(layer)
+        _, name, *options = json.loads(layer)
         return bodies[name](x, tuple(parameters), _read_plan(plan), tuple(map(float, numbers)), *options)
 
     def run_in_place(x: Tensor, numbers: list[float], layer: str, plan: str) -> Tensor:
-        return in_place(x, _read_plan(plan), Activation.from_options(tuple(map(float, numbers)), *json.loads(layer)))
+        return in_place(
+            x, _read_plan(plan), Activation.from_options(tuple(map(float, numbers)), *json.loads(layer)[1:])
+        )
 
     torch.library.impl("cheapgrad::row_wise", "CompositeImplicitAutograd")(run)
     torch.library.impl("cheapgrad::row_wise_", "CompositeImplicitAutograd")(run_in_place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,12 @@ def test_strategies_nested_too_deeply_are_named() -> None:
         (("skip_small",), 1, "skip_small is 1, not bool"),
         (("remarks",), "few batches", "remarks must be a list, but is a str 'few batches'"),
         (("remarks", 0), 3, "remarks[0] is 3, not str"),
+        (("predicted", "noise_fraction"), math.nan, "predicted.noise_fraction is nan, but is a finite number of at"),
+        (("predicted", "saved_bytes"), -1, "predicted.saved_bytes is -1, but is a finite number of at least 0"),
+        (("batches",), 1, "batches is 1, but is at least 2"),
+        (("noise_standard_error",), -1.0, "noise_standard_error is -1.0, but is at least 0"),
+        (("layers", 0, "name"), "2", "layer '2' stands there twice"),
+        (("layers", 1, "drawn_at"), "x", "layer '2' is drawn at 'x', which is no layer of it"),
     ],
 )
 def test_damage_is_named(path: tuple[str | int, ...], value: Any, words: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -206,7 +207,7 @@ class Plan:
             # The library's own errors say what is wrong; of the others the type is half of what they say.
             kind = "" if isinstance(error, CheapgradError) else f"{type(error).__name__}: "
             raise RecordError(f"this plan is damaged: {kind}{error}") from error
-        misfit = find_misfit(plan, cls)
+        misfit = find_misfit(plan, cls) or _find_out_of_range(plan)
         if misfit is not None:
             raise RecordError(f"this plan is damaged: {misfit}; plan again, or write it again with to_json")
         return plan
@@ -262,6 +263,24 @@ def _literal(name: str) -> str:
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 1.0
+
+
+def _find_out_of_range(plan: Plan) -> str | None:
+    """Return what no plan that was made says, or None."""
+    for part in ("exact", "predicted"):
+        for name, value in dataclasses.asdict(getattr(plan, part)).items():
+            if not (math.isfinite(value) and value >= 0):
+                return f"{part}.{name} is {value!r}, but is a finite number of at least 0"
+    for name, least in (("noise_standard_error", 0), ("separate_noise_fraction", 0), ("batches", 2)):
+        value = getattr(plan, name)
+        if not value >= least:
+            return f"{name} is {value!r}, but is at least {least}"
+    names = [layer.name for layer in plan.layers]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        return f"layer {twice!r} stands there twice"
+    stray = next((layer for layer in plan.layers if layer.drawn_at not in (None, *names)), None)
+    return f"layer {stray.name!r} is drawn at {stray.drawn_at!r}, which is no layer of it" if stray else None
 
 
 def _build(data: Mapping[str, Any]) -> Plan:

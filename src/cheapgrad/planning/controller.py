@@ -152,8 +152,8 @@ class Controller:
     def noise(self) -> float | None:
         """Estimate of ω at the budgets that were chosen last; None before the first trial.
 
-        They are chosen so that it is the target, unless no budget in range reaches it; what was found at the budgets
-        before is in `history`.
+        They are chosen so that it is the target, less what trials add, unless no budget in range reaches it; what was
+        found at the budgets before is in `history`.
         """
         return self._measured
 

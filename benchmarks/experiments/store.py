@@ -35,7 +35,7 @@ class Store:
     def __init__(self, directory: Path, committed: Sequence[Path] = ()) -> None:
         self._records, self._locks = directory / "runs", directory / "locks"
         for each in (directory, self._records, self._locks):
-            prepare_directory(each)
+            prepare_directory(each, "--out")
         self._known: dict[str, Record] = {}
         self._committed = {record["id"]: record for path in committed for record in Lines(path)}
 

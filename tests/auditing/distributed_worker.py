@@ -72,6 +72,7 @@ def main(rank: int, store_file: str) -> None:
         summed = audit_step(converted, mean_loss, batch, sums, reference=reference, group=world, draws=8, split=False)
     assert not summed.unbiased
     assert "2 times its length: not divided?" in summed.verdict()
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -40,6 +40,9 @@ def main(rank: int, store_file: str) -> None:
     assert chosen[0] == chosen[1]
     assert controller.keep != 0.5
     assert controller.state_dict()["totals"][0] > 6
+    # Without an orderly end a thread of gloo may outlive the process, which then aborts.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

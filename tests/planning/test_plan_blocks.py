@@ -62,7 +62,7 @@ def test_memory_budgets_of_a_transformer_are_kept(budget: str) -> None:
     assert plan.predicted.noise_fraction == pytest.approx(noise, rel=0.15)
 
 
-@pytest.mark.parametrize(("memory", "flops"), [("60 %", "70 %"), ("38 %", "90 %")])
+@pytest.mark.parametrize(("memory", "flops"), [("60 %", "70 %"), ("45 %", "80 %"), ("38 %", "90 %")])
 def test_budgets_of_bytes_and_flops_are_kept_together(memory: str, flops: str) -> None:
     model, batches = make_vit(), make_batches((6, 12), 4)
     exact, exact_bytes = exact_gradients(model, batches), held_bytes(model, batches[0])

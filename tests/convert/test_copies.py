@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -14,21 +13,8 @@ from cheapgrad import Rule, approximate, get_handle
 from cheapgrad.errors import ConversionError, ModelTypeError
 from cheapgrad.sketch import LowRank, PredictedNorm, RowSample
 from tests.convert.models import HALF, Network, convert, gradients, same
+from tests.copies import COPIES
 from tests.placements import PLACEMENTS
-
-
-def saved_and_loaded(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": saved_and_loaded,
-}
 
 
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import warnings
 from collections.abc import Callable
 
@@ -17,23 +15,10 @@ from cheapgrad.errors import ControlError, ControlWarning, ConversionError
 from cheapgrad.planning.controller import Controller
 from cheapgrad.planning.controller_trial import TrialDesign
 from cheapgrad.sketch import RowSample, Systematic
+from tests.copies import COPIES
 
 D = 16
 KEEP = RowSample(0.5)
-
-
-def _load_saved(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": _load_saved,
-}
 
 
 def _setup(*layers: nn.Module) -> tuple[nn.Sequential, cheapgrad.Handle]:

@@ -70,7 +70,12 @@ def main() -> None:
         action="store_true",
         help="leave the C library's allocator as it is (default: freed memory stays with the process)",
     )
-    parser.add_argument("--compiled", action="store_true", help="networks: measure compiled steps too (minutes)")
+    parser.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="networks: measure compiled steps too (minutes; default: yes)",
+    )
     parser.add_argument("--network", action="append", default=[], help="networks: only those with this in their name")
     parser.add_argument("--audits", type=int, default=9, help="audit: per method and network (default: 9)")
     parser.add_argument("--resume", action="store_true", help="audit: leave out what --out holds already")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import cheapgrad
+from benchmarks.per_layer import rules_per_layer, without_chains
 from benchmarks.pictures import Patches, load_patches
 from benchmarks.vision_transformer import VisionTransformer
 from cheapgrad import recipes
@@ -30,54 +33,64 @@ from cheapgrad.sketch import (
 )
 
 BATCH = 128
-Methods = dict[str, tuple[tuple[cheapgrad.Rule, ...], float | None]]
+KEEPS = (0.5, 0.35, 0.25)
 
 
-def methods() -> Methods:
-    """Return rules by name, with the omega to stay below where one is asked."""
-    single = {
-        "cotangent rows .5": (cheapgrad.Rule(cotangent=RowSample(0.5)), 0.10),
-        "cotangent rows .35": (cheapgrad.Rule(cotangent=RowSample(0.35)), None),
-        "cotangent rows .25": (cheapgrad.Rule(cotangent=RowSample(0.25)), 0.6),
-        "cotangent rows .5, in order": (cheapgrad.Rule(cotangent=RowSample(0.5, design=Systematic(False))), None),
-        "cotangent rows .35, in order": (cheapgrad.Rule(cotangent=RowSample(0.35, design=Systematic(False))), None),
-        "cotangent rows .25, in order": (cheapgrad.Rule(cotangent=RowSample(0.25, design=Systematic(False))), None),
-        "cotangent rows .5, ordered pivotal": (cheapgrad.Rule(cotangent=RowSample(0.5, design=OrderedPivotal())), None),
-        "cotangent rows .35, ordered pivotal": (
-            cheapgrad.Rule(cotangent=RowSample(0.35, design=OrderedPivotal())),
-            None,
-        ),
-        "cotangent rows .25, ordered pivotal": (
-            cheapgrad.Rule(cotangent=RowSample(0.25, design=OrderedPivotal())),
-            None,
-        ),
-        "cotangent rows .5, joint score": (cheapgrad.Rule(cotangent=RowSample(0.5, scores=JointNorm())), None),
-        "cotangent rows .25, joint score": (cheapgrad.Rule(cotangent=RowSample(0.25, scores=JointNorm())), None),
-        "cotangent rows .5, pivotal": (cheapgrad.Rule(cotangent=RowSample(0.5, design=Pivotal())), None),
-        "cotangent rows .5, uniform": (cheapgrad.Rule(cotangent=RowSample(0.5, scores=Uniform())), None),
-        "cotangent examples .5": (cheapgrad.Rule(cotangent=ExampleSample(0.5)), None),
-        "cotangent columns .5": (cheapgrad.Rule(cotangent=ColumnSample(0.5, scores=ColumnNorm())), None),
-        "stored rows .5": (cheapgrad.Rule(stored=RowSample(0.5)), None),
-        "stored rows .5, predicted score": (cheapgrad.Rule(stored=RowSample(0.5, scores=PredictedNorm())), None),
-        "stored features .5": (cheapgrad.Rule(stored=FeatureSample(0.5)), None),
-        "stored 8 bits": (cheapgrad.Rule(stored=StochasticRounding(8)), None),
-        "stored 4 bits": (cheapgrad.Rule(stored=StochasticRounding(4)), 0.006),
-        "stored 2 bits": (cheapgrad.Rule(stored=StochasticRounding(2)), None),
-        "stored 4 bits + cotangent rows .5": (
-            cheapgrad.Rule(stored=StochasticRounding(4), cotangent=RowSample(0.5)),
-            None,
-        ),
+@dataclass(frozen=True)
+class Sketched:
+    """One way to draw the gradient.
+
+    Attributes:
+        rules: what `cheapgrad.approximate` is given.
+        target_omega: what the noise is to stay below, where something is asked.
+        per_layer: whether every layer draws by itself, as it would without chains.
+    """
+
+    rules: tuple[cheapgrad.Rule, ...]
+    target_omega: float | None = None
+    per_layer: bool = False
+
+
+def methods() -> dict[str, Sketched]:
+    """Return what is measured, by name."""
+    found = {}
+    for design, words in ((None, ""), (Systematic(False), ", in order"), (OrderedPivotal(), ", ordered pivotal")):
+        for keep in KEEPS:
+            rows = RowSample(keep) if design is None else RowSample(keep, design=design)
+            target = {0.5: 0.10, 0.25: 0.6}.get(keep) if design is None else None
+            found[f"cotangent rows {_short(keep)}{words}"] = _one(target, cotangent=rows)
+    found |= {
+        "cotangent rows .5, joint score": _one(cotangent=RowSample(0.5, scores=JointNorm())),
+        "cotangent rows .25, joint score": _one(cotangent=RowSample(0.25, scores=JointNorm())),
+        "cotangent rows .5, pivotal": _one(cotangent=RowSample(0.5, design=Pivotal())),
+        "cotangent rows .5, uniform": _one(cotangent=RowSample(0.5, scores=Uniform())),
+        "cotangent examples .5": _one(cotangent=ExampleSample(0.5)),
+        "cotangent columns .5": _one(cotangent=ColumnSample(0.5, scores=ColumnNorm())),
+        "stored rows .5": _one(stored=RowSample(0.5)),
+        "stored rows .5, predicted score": _one(stored=RowSample(0.5, scores=PredictedNorm())),
+        "stored features .5": _one(stored=FeatureSample(0.5)),
+        "stored 8 bits": _one(stored=StochasticRounding(8)),
+        "stored 4 bits": _one(0.006, stored=StochasticRounding(4)),
+        "stored 2 bits": _one(stored=StochasticRounding(2)),
+        "stored 4 bits + cotangent rows .5": _one(stored=StochasticRounding(4), cotangent=RowSample(0.5)),
+        "recipes.memory(4)": Sketched(recipes.memory(4), 0.02),
+        "recipes.memory(2)": Sketched(recipes.memory(2)),
     }
-    whole: Methods = {
-        "recipes.memory(4)": (recipes.memory(4), 0.02),
-        "recipes.memory(2)": (recipes.memory(2), None),
-        "recipes.speed(.5)": (recipes.speed(0.5), 0.08),
-        "recipes.speed(.35)": (recipes.speed(0.35), 0.21),
-        "recipes.speed(.25)": (recipes.speed(0.25), 0.5),
-        "recipes.both(4, .5)": (recipes.both(4, 0.5), None),
-        "recipes.both(4, .35)": (recipes.both(4, 0.35), None),
+    for keep, target in zip(KEEPS, (0.08, 0.21, 0.5), strict=True):
+        found[f"recipes.speed({_short(keep)})"] = Sketched(recipes.speed(keep), target)
+        found[f"a draw per layer {_short(keep)}"] = Sketched(rules_per_layer(keep), per_layer=True)
+    return found | {
+        "recipes.both(4, .5)": Sketched(recipes.both(4, 0.5)),
+        "recipes.both(4, .35)": Sketched(recipes.both(4, 0.35)),
     }
-    return {name: ((rule,), target) for name, (rule, target) in single.items()} | whole
+
+
+def _one(target: float | None = None, **strategies: Any) -> Sketched:
+    return Sketched((cheapgrad.Rule(**strategies),), target)
+
+
+def _short(keep: float) -> str:
+    return f"{keep:g}".lstrip("0")
 
 
 def measure_noise(*, data: Path | None, epochs: int, batches: int, draws: int) -> Iterator[dict[str, Any]]:
@@ -90,23 +103,25 @@ def measure_noise(*, data: Path | None, epochs: int, batches: int, draws: int) -
     exact = torch.stack([_gradient(model, patches, index, weights) for index in track(chosen, "mini-batch variance")])
     minibatch = (exact - exact.mean(0)).square().sum(1).mean().item() * batches / (batches - 1)
     common = {"benchmark": "noise", "data": patches.name, "epochs": epochs, "loss": loss, "batch": BATCH}
-    for name, (rules, target) in methods().items():
-        handle = cheapgrad.approximate(model, rules)
+    for name, method in methods().items():
+        handle = cheapgrad.approximate(model, method.rules)
+        apart = without_chains if method.per_layer else contextlib.nullcontext
         # Running estimates need a few steps before they predict anything.
-        for index in chosen[:3]:
-            _gradient(model, patches, index, weights)
         errors = []
-        for position, index in enumerate(track(chosen, name, transient=True)):
-            for _ in range(draws):
-                error = _gradient(model, patches, index, weights) - exact[position]
-                errors.append(error.square().sum().item())
+        with apart():
+            for index in chosen[:3]:
+                _gradient(model, patches, index, weights)
+            for position, index in enumerate(track(chosen, name, transient=True)):
+                for _ in range(draws):
+                    error = _gradient(model, patches, index, weights) - exact[position]
+                    errors.append(error.square().sum().item())
         handle.revert()
         spread = torch.tensor(errors).std().item() / len(errors) ** 0.5
         yield common | {
             "method": name,
             "omega": sum(errors) / len(errors) / minibatch,
             "standard_error": spread / minibatch,
-            "target_omega": target,
+            "target_omega": method.target_omega,
         }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cheapgrad.seeding import seed_torch
+from cheapgrad.seeding import keep_torch_states, seed_torch
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**62])
@@ -27,6 +27,19 @@ def test_devices_in_use_are_seeded(name: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(device, "default_generators", (generator,))
     seed_torch(41)
     assert generator.initial_seed() == 41
+
+
+@pytest.mark.parametrize("name", ["cuda", "xpu"])
+def test_devices_in_use_are_put_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, states = getattr(torch, name), [torch.tensor([4, 2])]
+    monkeypatch.setattr(device, "is_initialized", lambda: True)
+    monkeypatch.setattr(device, "get_rng_state_all", lambda: list(states))
+    monkeypatch.setattr(device, "set_rng_state_all", lambda given: states.__setitem__(slice(None), given))
+    put_back = keep_torch_states()
+    expected, states[0] = torch.rand(3), torch.tensor([0, 0])
+    put_back()
+    assert states[0].tolist() == [4, 2]
+    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("name", ["cuda", "xpu"])

@@ -239,6 +239,10 @@ class ControlWarning(UserWarning):
     """A controller's estimate may be off on this model, for the reason given."""
 
 
+class PlanWarning(UserWarning):
+    """A plan is carried out on a model that differs from the one it was made for, so that its figures may not hold."""
+
+
 class FusingWarning(UserWarning):
     """Codecs were to be fused, and there is no compiler or it failed: what is named runs unfused."""
 

@@ -65,7 +65,7 @@ def write_whole(path: Path, content: bytes) -> None:
     try:
         mode = _find_mode(path)
         if mode is None or stat.S_ISREG(mode):
-            _replace(Path(os.path.realpath(path)), content)
+            _replace(Path(os.path.realpath(path)), content, mode)
         else:
             path.write_bytes(content)
     except OSError as error:
@@ -80,18 +80,23 @@ def _find_mode(path: Path) -> int | None:
         return None
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _replace(path: Path, content: bytes, mode: int | None) -> None:
+    """Write a file that is new, or replaces one of that mode."""
     temporary = None
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
-        # Temporary files are private; this one is for everybody that the user lets read their files.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, _new_mode() if mode is None else stat.S_IMODE(mode))
         os.replace(temporary, path)
     finally:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+def _new_mode() -> int:
+    """Return who may read and write a new file: temporary ones are private, this is for all that the user lets."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask

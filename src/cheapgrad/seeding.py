@@ -1,6 +1,8 @@
-"""Seeding torch before a pass that is to repeat another."""
+"""Seeding torch before a pass that is to repeat another, and putting its generators back afterwards."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch.random import _seed_custom_device
@@ -27,3 +29,26 @@ def seed_torch(seed: int) -> None:
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
     _seed_custom_device(seed)
+
+
+def keep_torch_states() -> Callable[[], None]:
+    """Return what puts the generators that `seed_torch` seeds back to where they are now; a custom device's is not.
+
+    >>> put_back = keep_torch_states()
+    >>> first = torch.rand(2)
+    >>> put_back()
+    >>> bool((torch.rand(2) == first).all())
+    True
+    """
+    kept: list[tuple[Callable[..., None], object]] = [(torch.set_rng_state, torch.get_rng_state())]
+    for device in (torch.cuda, torch.xpu):
+        if device.is_initialized():
+            kept.append((device.set_rng_state_all, device.get_rng_state_all()))
+    if torch.backends.mps.is_available():
+        kept.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+
+    def put_back() -> None:
+        for set_state, state in kept:
+            set_state(state)
+
+    return put_back

@@ -9,7 +9,7 @@ import math
 import pytest
 
 from cheapgrad import AuditReport, audit
-from cheapgrad.errors import OutputError
+from cheapgrad.errors import OutputError, RecordError
 from tests.auditing import planted
 from tests.auditing.planted import make_batch, make_network, mean_loss, right_loss
 
@@ -38,6 +38,26 @@ def test_report_travels_through_json(good, bad, tmp_path):
         "deterministic_error"
     }
     assert list(tmp_path.iterdir()) == [tmp_path / "audit.json"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data.pop("band"), "lacks 'band'"),
+        (lambda data: data.update(draws="many"), "draws must be of type int, but is 'many'"),
+        (lambda data: data.update(cosine="huge"), "cosine must be of type float, but is 'huge'"),
+        (lambda data: data["layers"][1].update(name=None), r"layers\[1\]\.name must be of type str"),
+        (lambda data: data.update(layers={}), "layers must be a list"),
+        (lambda data: data.update(kind="cheapgrad.plan"), "of kind 'cheapgrad.plan', not 'cheapgrad.audit'"),
+        (lambda data: data.update(version=7), "cheapgrad.audit of version 7"),
+        (lambda data: data.clear(), "this is no audit: it should say 'kind': 'cheapgrad.audit'"),
+    ],
+)
+def test_damaged_reports_are_refused(good, damage, message):
+    data = json.loads(json.dumps(good.to_dict()))
+    damage(data)
+    with pytest.raises(RecordError, match=message):
+        AuditReport.from_dict(data)
 
 
 def test_file_is_whole_or_not_there(good, tmp_path):

@@ -164,6 +164,20 @@ def test_loops_that_step_or_clear(batch):
         audit_step(model, token_loss, batch, clears)
 
 
+def test_loop_that_raises_is_named_and_undone(batch):
+    model = Tagger()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def breaks():
+        with torch.no_grad():
+            next(model.parameters()).zero_()
+        raise KeyError("no such micro-batch")
+
+    with pytest.raises(AccumulationError, match="the loop raised KeyError: 'no such micro-batch'"):
+        audit_step(model, token_loss, batch, breaks)
+    assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+
+
 def test_gradients_of_before_are_put_back(batch):
     model = Tagger()
     token_loss(model, batch).backward()

@@ -225,6 +225,15 @@ def test_references_that_are_none(made, message):
         audit(make_network(planted.exact), mean_loss, make_batch(), reference=lambda model, batch: made)
 
 
+def test_reference_that_raises_is_named():
+    def reference(model, batch):
+        raise IndexError("no such example")
+
+    with pytest.raises(ReferenceGradientError, match="the reference raised IndexError: no such example") as caught:
+        audit(make_network(planted.exact), mean_loss, make_batch(), reference=reference)
+    assert isinstance(caught.value.__cause__, IndexError)
+
+
 def test_report_has_no_such_parameter_and_may_be_too_coarse():
     report = audit(make_network(planted.sampled_rows(keep=0.2)), mean_loss, make_batch(), reference=right_loss)
     with pytest.raises(UnknownNameError, match=r"no parameter '3\.weights'; did you mean '3\.weight'"):

@@ -27,6 +27,7 @@ from cheapgrad.errors import (
     NoEffectWarning,
     NoMatchError,
     NondeterministicLossError,
+    PlanWarning,
     RecordError,
     RuleError,
     UnreachableBudgetError,
@@ -89,6 +90,30 @@ def test_plan_for_small_layers_converts_them() -> None:
     model = make_mlp(3)
     handle = cheapgrad.approximate(model, make_plan(model, flops="60 %"))
     assert [row.status for row in handle.rows] == ["converted"] * 3
+
+
+def test_plan_for_other_layers_is_carried_out_with_a_warning() -> None:
+    plan = Plan.from_json(make_plan(make_mlp(3), flops="60 %").to_json())
+    wider = make_mlp(3)
+    name = plan.layers[0].name
+    weight = wider.get_submodule(name).weight
+    assert isinstance(weight, nn.Parameter)
+    rows, columns = weight.shape
+    parent, _, last = name.rpartition(".")
+    setattr(wider.get_submodule(parent), last, nn.Linear(columns, rows + 1))
+    expected = re.escape(f"{name!r} is Linear(weight [{rows + 1}, {columns}], bias [{rows + 1}]), and was Linear(")
+    with pytest.warns(PlanWarning, match=f"made for another model: layer {expected}"):
+        handle = cheapgrad.approximate(wider, plan)
+    assert next(row for row in handle.rows if row.name == name).status == "converted"
+
+
+def test_plan_that_does_not_say_for_which_layers_is_taken_as_it_is(recwarn: pytest.WarningsRecorder) -> None:
+    data = make_plan(flops="60 %").to_dict()
+    for layer in data["layers"]:
+        del layer["module"]
+    cheapgrad.approximate(make_mlp(3), Plan.from_dict(data))
+    cheapgrad.approximate(make_mlp(3), make_plan(flops="60 %"))
+    assert not [each for each in recwarn if each.category is PlanWarning]
 
 
 def test_plan_that_changes_nothing_says_so() -> None:

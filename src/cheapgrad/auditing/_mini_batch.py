@@ -12,7 +12,7 @@ from torch import Tensor
 from cheapgrad.auditing._errors_drawn import inner_product
 from cheapgrad.auditing._examples import choose_examples, count_examples, reverse_examples
 from cheapgrad.auditing._step import Step
-from cheapgrad.errors import BackwardError, BatchOrderError, ForwardError, LossError
+from cheapgrad.errors import BackwardError, BatchOrderError, ForwardError, LossError, ReferenceGradientError
 
 # Into how many micro-batches the batch is cut: as many degrees of freedom and one, for each direction of the gradient.
 _MICRO_BATCHES = 16
@@ -74,7 +74,7 @@ def measure_mini_batch_noise(
             step.draw_exact(choose_examples(batch, part), make_seed(f"part {number}")).tensors
             for number, part in enumerate(parts)
         ]
-    except (ForwardError, BackwardError, LossError) as error:
+    except (ForwardError, BackwardError, LossError, ReferenceGradientError) as error:
         return MiniBatchNoise(None, f"mini-batch variance unknown: on {len(parts[0])} examples, {error}")
     return _spread(whole.tensors, gradients, [len(part) for part in parts], draws_noise)
 

@@ -90,7 +90,13 @@ class Step:
             loss = self._backward(self.loss_fn, batch)
             return DrawnGradient(self._collect(), loss)
         before = [parameter.detach().clone() for parameter in self.parameters]
-        self._accumulate()
+        try:
+            self._accumulate()
+        except BaseException as error:
+            self._put_back(before)
+            if isinstance(error, CheapgradError) or not isinstance(error, Exception):
+                raise
+            raise AccumulationError(f"the loop raised {type(error).__name__}: {error}") from error
         self._check_parameters(before)
         if all(parameter.grad is None for parameter in self.parameters):
             raise AccumulationError(
@@ -107,7 +113,7 @@ class Step:
             with exact_step():
                 loss = self._backward(self.loss_fn, batch)
             return DrawnGradient(self._collect(), loss)
-        made = self.reference(self.model, batch)
+        made = _run_reference(self.reference, self.model, batch)
         if isinstance(made, Tensor):
             loss = self._backward(lambda model, batch: made, batch)
             return DrawnGradient(self._collect(), loss)
@@ -173,13 +179,16 @@ class Step:
             if not torch.equal(parameter.detach(), value)
         ]
         if changed:
-            with torch.no_grad():
-                for parameter, value in zip(self.parameters, before, strict=True):
-                    parameter.copy_(value)
+            self._put_back(before)
             raise AccumulationError(
                 f"the loop changed {len(changed)} parameters, the first one is {changed[0]!r}; leave out the "
                 "optimizer's step. Parameters were put back"
             )
+
+    def _put_back(self, before: list[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, before, strict=True):
+                parameter.copy_(value)
 
 
 @contextlib.contextmanager
@@ -187,6 +196,15 @@ def exact_step() -> Iterator[None]:
     """Run the model's stock code, eagerly, and keep step with the seeds that its sketched layers take."""
     with forced_exact(in_step=True), torch.compiler.set_stance("force_eager"):
         yield
+
+
+def _run_reference(reference: Reference, model: nn.Module, batch: Any) -> Any:
+    try:
+        return reference(model, batch)
+    except CheapgradError:
+        raise
+    except Exception as error:
+        raise ReferenceGradientError(f"the reference raised {type(error).__name__}: {error}") from error
 
 
 def _check_loss(loss: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cheapgrad.convert.sketched_layer import SketchedLayer
-from cheapgrad.seeding import seed_torch
+from cheapgrad.seeding import keep_torch_states, seed_torch
 
 
 @contextlib.contextmanager
@@ -44,16 +44,13 @@ def make_seed(*parts: object) -> int:
 
 
 def _keep_random_states(model: nn.Module) -> Any:
-    state, python_state = torch.get_rng_state(), random.getstate()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    put_back_torch, python_state = keep_torch_states(), random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
 
     def put_back() -> None:
-        torch.set_rng_state(state)
+        put_back_torch()
         random.setstate(python_state)
-        if cuda_states:
-            torch.cuda.set_rng_state_all(cuda_states)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
 

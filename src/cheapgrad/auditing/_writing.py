@@ -14,7 +14,7 @@ from cheapgrad.auditing._derivative_check import DerivativeCheck
 from cheapgrad.auditing._errors_drawn import DrawnErrors
 from cheapgrad.auditing._judgement import Judgement
 from cheapgrad.auditing._mini_batch import MiniBatchNoise
-from cheapgrad.auditing._plain_data import relative
+from cheapgrad.auditing._relative import relative
 from cheapgrad.auditing._step import Step
 from cheapgrad.auditing.report import AuditReport, LayerAudit
 

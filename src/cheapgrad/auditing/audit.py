@@ -104,7 +104,7 @@ def audit(
         ForwardError: the loss function raised; the cause is the original.
         BackwardError: the backward pass raised.
         NondeterministicForwardError: the model draws and `seed` is not given, or no seed governs what it draws.
-        ReferenceGradientError: the exact gradient is random, or `reference` returned no gradient.
+        ReferenceGradientError: the exact gradient is random, or `reference` raised or returned no gradient.
         BatchOrderError: the first axis of the batch does not count examples, and `split` is set.
         GradientDrawError: a gradient is not finite.
 
@@ -168,7 +168,7 @@ def audit_step(
         That of `audit`.
 
     Raises:
-        AccumulationError: the loop left no gradient, or changed parameters; these are put back.
+        AccumulationError: the loop raised, left no gradient, or changed parameters; these are put back.
 
     Example:
         >>> import torch

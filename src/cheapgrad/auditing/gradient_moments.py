@@ -12,8 +12,9 @@ from torch import Tensor
 from cheapgrad.auditing._directions import MOST_BLOCKS
 from cheapgrad.auditing._errors_drawn import ErrorCollector
 from cheapgrad.auditing._judgement import check_alpha, judge
-from cheapgrad.auditing._plain_data import plain, relative
+from cheapgrad.auditing._relative import relative
 from cheapgrad.errors import check_count
+from cheapgrad.plain_data import plain
 
 # In a block of few rows, an event that few draws see looks like a constant error.
 _DRAWS_FOR_A_BLOCK = 32

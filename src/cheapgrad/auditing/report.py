@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cheapgrad.auditing._plain_data import plain, restore
-from cheapgrad.errors import BiasedGradientError, BudgetError, UnknownNameError, nearest_match
+from cheapgrad.errors import (
+    BiasedGradientError,
+    BudgetError,
+    RecordError,
+    UnknownNameError,
+    describe_value,
+    nearest_match,
+)
 from cheapgrad.files import write_whole
+from cheapgrad.plain_data import plain, read_record
 
 KIND, VERSION = "cheapgrad.audit", 1
 
@@ -241,8 +248,13 @@ class AuditReport:
 
         Args:
             data: what it returned, also after a journey through JSON.
+
+        Raises:
+            RecordError: the data are no report, or a damaged one; the message names the field.
         """
-        return _build(cls, {**data, "layers": tuple(_build(LayerAudit, layer) for layer in data["layers"])})
+        if not isinstance(data, Mapping) or "kind" not in data:
+            raise RecordError(f"this is no audit: it should say 'kind': {KIND!r}, but is {describe_value(data)}")
+        return read_record(cls, data, kind=KIND, version=VERSION)
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, whole or not at all.
@@ -255,7 +267,3 @@ class AuditReport:
         """
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
         write_whole(Path(path), (text + "\n").encode())
-
-
-def _build(record_type: Any, data: Mapping[str, Any]) -> Any:
-    return record_type(**{field.name: restore(data[field.name]) for field in fields(record_type)})

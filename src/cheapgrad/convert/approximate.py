@@ -25,6 +25,7 @@ from cheapgrad.errors import (
     ModelTypeError,
     NoEffectWarning,
     NoMatchError,
+    PlanWarning,
     RuleError,
     nearest_match,
 )
@@ -69,7 +70,7 @@ class _Decision:
 
 @runtime_checkable
 class HoldsRules(Protocol):
-    """What a plan shows of itself here: its rules, and whether it leaves small layers alone."""
+    """What a plan shows of itself here: its rules, for which model, and whether it leaves small layers alone."""
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -79,6 +80,10 @@ class HoldsRules(Protocol):
     @property
     def skip_small(self) -> bool:
         """Whether it was made for layers that are large enough to pay only."""
+        ...
+
+    def find_differences(self, model: nn.Module) -> list[str]:
+        """Return how layers of a model differ from those it was made for."""
         ...
 
 
@@ -107,7 +112,8 @@ def approximate(model: nn.Module, *rules: Rule | Iterable[Rule] | HoldsRules, sk
         ConversionError: if a matched layer is converted already.
         WrapperOrderError: if the model is compiled or sharded already.
 
-    Warns (`NoEffectWarning`, `FusingWarning`) where rules, or ``fused=True``, have no effect.
+    Warns (`NoEffectWarning`, `FusingWarning`) where rules, or ``fused=True``, have no effect, and (`PlanWarning`) where
+    a plan was made for layers of another type or size.
 
     >>> import torch, cheapgrad
     >>> from cheapgrad.sketch import RowSample
@@ -127,6 +133,7 @@ def approximate(model: nn.Module, *rules: Rule | Iterable[Rule] | HoldsRules, sk
     target = unwrap(model)
     decisions = _decide_all(_layers(target), chosen, skip_small)
     records = _record_all(decisions, _tied_names(target))
+    differences = [text for plan in rules if isinstance(plan, HoldsRules) for text in plan.find_differences(target)]
     switch = Switch()
     _swap_all(decisions, switch)
     if any(rule.recompute for rule in chosen):
@@ -135,6 +142,14 @@ def approximate(model: nn.Module, *rules: Rule | Iterable[Rule] | HoldsRules, sk
         warnings.warn(
             f"the rule for {rule.pattern!r} has no effect: later rules win on every layer it matches",
             NoEffectWarning,
+            stacklevel=2,
+        )
+    if differences:
+        more = f", and {len(differences) - 3} more layers" if len(differences) > 3 else ""
+        warnings.warn(
+            f"the plan was made for another model: {'; '.join(differences[:3])}{more}. Its budgets and predictions may "
+            "not hold here; plan again with this model",
+            PlanWarning,
             stacklevel=2,
         )
     if not any(record.status == "converted" for record in records):

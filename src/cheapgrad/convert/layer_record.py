@@ -6,6 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+from torch.nn.parameter import is_lazy
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -57,3 +60,16 @@ class LayerRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON-able data."""
         return dataclasses.asdict(self)
+
+
+def describe_layer(module: nn.Module) -> str:
+    """Return a module's type and the shapes of its own parameters.
+
+    >>> describe_layer(nn.Linear(2, 3))
+    'Linear(weight [3, 2], bias [3])'
+    """
+    shapes = [
+        f"{name} {'of no shape yet' if is_lazy(parameter) else list(parameter.shape)}"
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    return f"{type(module).__name__}({', '.join(shapes)})"

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from cheapgrad.cost._reading import read_record
 from cheapgrad.cost.report import CostReport
 from cheapgrad.cost.units import format_flops
 from cheapgrad.errors import BudgetError, UnknownNameError, check_instance, nearest_match
+from cheapgrad.plain_data import read_record
 
 
 class Factors(NamedTuple):

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cheapgrad.cost._reading import read_record
 from cheapgrad.cost.report import CostReport, Figures
 from cheapgrad.errors import check_instance
+from cheapgrad.plain_data import read_record
 
 
 @dataclass(frozen=True)

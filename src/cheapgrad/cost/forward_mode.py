@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from cheapgrad.cost._reading import read_record
 from cheapgrad.cost._saved_tensors import describe_tensors
 from cheapgrad.cost.cheap_gradient import cheap_gradient
 from cheapgrad.cost.formulas import count_flops, find_formula
@@ -25,6 +24,7 @@ from cheapgrad.errors import (
     ModelTypeError,
     check_count,
 )
+from cheapgrad.plain_data import read_record
 
 
 @dataclass(frozen=True)

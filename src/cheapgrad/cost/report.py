@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cheapgrad.cost._reading import read_record
 from cheapgrad.errors import UnknownNameError, nearest_match
+from cheapgrad.plain_data import read_record
 
 # The name of the row for what runs outside of all modules: the loss, and operations on outputs.
 OUTSIDE = "(outside)"

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cheapgrad.convert import Rule, approximate
 from cheapgrad.cost import CostReport, scan
 from cheapgrad.planning.passes import LossFunction, Step
-from cheapgrad.seeding import seed_torch
+from cheapgrad.seeding import keep_torch_states, seed_torch
 
 
 class _Whole(nn.Module):
@@ -34,9 +33,12 @@ def count_costs(step: Step, batch: Any) -> CostReport:
         step: the training step.
         batch: the batch.
     """
-    with torch.random.fork_rng():
+    put_back = keep_torch_states()
+    try:
         seed_torch(step.seed)
         return scan(_Whole(step.model, step.loss_fn), batch)
+    finally:
+        put_back()
 
 
 def count_planned_costs(step: Step, batch: Any, rules: Sequence[Rule], skip_small: bool) -> CostReport:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from cheapgrad.convert import Rule
+from cheapgrad.convert.layer_record import describe_layer
 from cheapgrad.convert.sketched_layer import SketchedLayer
 from cheapgrad.convert.wrappers import unwrap
 from cheapgrad.cost import CostReport
@@ -276,7 +277,8 @@ class _Planner:
             for name in choice.layers:
                 by_layer.setdefault(name, {})[choice.moment] = choice
         layers = []
-        order = {name: position for position, (name, _) in enumerate(unwrap(self.step.model).named_modules())}
+        modules = dict(unwrap(self.step.model).named_modules())
+        order = {name: position for position, name in enumerate(modules)}
         for name in sorted(by_layer, key=lambda name: order.get(name, 0)):
             stored, cotangent = (by_layer[name].get(moment) for moment in (Moment.STORED, Moment.COTANGENT))
             noise = Noise() if stored is None else stored.noise.scaled(1 / len(stored.layers))
@@ -291,6 +293,7 @@ class _Planner:
                     recompute=stored is not None and stored.is_region,
                     noise_fraction=noise.total / scale,
                     passed_down_share=noise.passed_down / noise.total if noise.total else 0.0,
+                    module=describe_layer(modules[name]),
                 )
             )
         return tuple(layers)

@@ -22,7 +22,7 @@ from cheapgrad.errors import (
     NondeterministicLossError,
     check_finite_loss,
 )
-from cheapgrad.seeding import seed_torch
+from cheapgrad.seeding import keep_torch_states, seed_torch
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -50,9 +50,13 @@ class Step:
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Put gradients, buffers and random states back afterwards."""
-        with undisturbed(self.model, ()):
-            yield
+        """Put gradients, buffers and the random states of all devices back afterwards."""
+        put_back = keep_torch_states()
+        try:
+            with undisturbed(self.model, ()):
+                yield
+        finally:
+            put_back()
 
     def loss(self, batch: Any) -> Tensor:
         """Return the loss of a batch, from the same random state every time.

@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from cheapgrad.convert import Rule
+from cheapgrad.convert.layer_record import describe_layer
+from cheapgrad.convert.wrappers import unwrap
 from cheapgrad.cost.units import format_bytes, format_flops
 from cheapgrad.errors import CheapgradError, RecordError, describe_value
 from cheapgrad.field_types import find_misfit
@@ -52,6 +56,8 @@ class PlannedLayer:
         noise_fraction: what this layer's sketches add, divided by the variance of the mini-batch gradient; a draw that
             is shared counts where it is drawn. Modelled, with all other layers exact.
         passed_down_share: the part of it that is in the parameters of layers below. Modelled.
+        module: its type and the shapes of its parameters, such as ``"Linear(weight [64, 32], bias [64])"``; empty where
+            that is not known.
     """
 
     name: str
@@ -61,6 +67,7 @@ class PlannedLayer:
     recompute: bool = False
     noise_fraction: float = 0.0
     passed_down_share: float = 0.0
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,20 @@ class Plan:
             Rule(_literal(layer.name), stored=layer.stored, cotangent=layer.cotangent, recompute=layer.recompute)
             for layer in self.layers
         )
+
+    def find_differences(self, model: nn.Module) -> list[str]:
+        """Return how layers of a model differ from those that the plan was made for, in words.
+
+        Args:
+            model: not converted yet; layers that it does not have are left to `approximate`, which refuses them.
+        """
+        there = dict(unwrap(model).named_modules(remove_duplicate=False))
+        pairs = [(layer, describe_layer(there[layer.name])) for layer in self.layers if layer.name in there]
+        return [
+            f"layer {layer.name!r} is {now}, and was {layer.module} when the plan was made"
+            for layer, now in pairs
+            if layer.module not in ("", now)
+        ]
 
     @property
     def noise_interval(self) -> tuple[float, float]:

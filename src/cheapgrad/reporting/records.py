@@ -7,6 +7,8 @@ import statistics
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from cheapgrad.plain_data import plain
+
 # Where every number of a record comes from; written beside them.
 PROVENANCE = {
     "accuracies": "measured: test accuracy after training, one for each seed",
@@ -228,7 +230,7 @@ class DemoRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for strict JSON: infinities become ``"inf"``, what is undefined becomes ``"nan"``."""
         models = [{**asdict(model), "methods": [method.to_dict() for method in model.methods]} for model in self.models]
-        return _plain(
+        return plain(
             {
                 "kind": "cheapgrad.demo",
                 "version": 1,
@@ -269,11 +271,3 @@ def _restore(value: Any) -> Any:
     if isinstance(value, str) and value in {"inf", "-inf", "nan"}:
         return float(value)
     return tuple(value) if isinstance(value, list) else value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

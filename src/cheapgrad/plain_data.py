@@ -1,9 +1,10 @@
-"""Records read from data that came from anywhere: every field is held against its annotation."""
+"""Records as strict JSON can hold them, and read from data that came from anywhere: every field is checked."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -13,17 +14,27 @@ from cheapgrad.errors import RecordError, describe_value
 
 T = TypeVar("T")
 
-_VERSION = 1
+_WORDS = {"inf", "-inf", "nan"}
 
 
-def read_record(record_type: type[T], data: object, *, kind: str | None = None) -> T:
+def plain(value: Any) -> Any:
+    """Return plain lists, dictionaries and numbers; infinities become ``"inf"``, what is undefined ``"nan"``."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_record(record_type: type[T], data: object, *, kind: str | None = None, version: int = 1) -> T:
     """Return the record that its `to_dict` wrote, also after a journey through JSON.
 
     Args:
         record_type: a dataclass of numbers, texts, tuples and such dataclasses; whole numbers count something, and are
-            at least 0.
+            at least 0. Numbers that strict JSON cannot hold are texts: ``"inf"``, ``"-inf"``, ``"nan"``.
         data: of the record; what else stands beside its fields is left alone.
         kind: what stands under ``kind`` in it, if anything does.
+        version: what stands under ``version`` then.
 
     Raises:
         RecordError: the data are no mapping, of another kind or a newer version, or a field is missing or is not what
@@ -36,10 +47,10 @@ def read_record(record_type: type[T], data: object, *, kind: str | None = None) 
         raise RecordError(
             f"the data are of kind {data['kind']!r}, not {kind!r}; read them by the class that wrote them"
         )
-    version = data.get("version", _VERSION) if kind is not None else _VERSION
-    if isinstance(version, bool) or version != _VERSION:
+    found = data.get("version", version) if kind is not None else version
+    if isinstance(found, bool) or found != version:
         raise RecordError(
-            f"the data are a {name} of version {version!r}, and this cheapgrad reads version {_VERSION}; update it"
+            f"the data are a {name} of version {found!r}, and this cheapgrad reads version {version}; update it"
         )
     fields = {field.name for field in dataclasses.fields(record_type)}  # type: ignore[arg-type] - T is a dataclass
     return _read_fields(record_type, {key: value for key, value in data.items() if key in fields}, "")
@@ -78,6 +89,8 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return tuple(_read(arguments[0], item, f"{where}[{place}]") for place, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return value
+    if hint is float and isinstance(value, str) and value in _WORDS:
+        return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise RecordError(f"{where} must be of type {hint.__name__}, but is {describe_value(value)}")
     if hint is int and value < 0:

@@ -22,6 +22,7 @@ from benchmarks.laplace import measure_laplace
 from benchmarks.layer import measure_layers
 from benchmarks.memory import keep_freed_memory
 from benchmarks.noise import measure_noise
+from benchmarks.parts import measure_parts
 from benchmarks.plan import measure_plans, measure_theory
 from benchmarks.published import measure_published
 from benchmarks.scan import measure_scans
@@ -37,6 +38,7 @@ _NAMES = (
     "networks",
     "published",
     "codec",
+    "parts",
     "scan",
     "curvature",
     "bias",
@@ -49,7 +51,7 @@ _NAMES = (
 )
 
 # Benchmarks whose records hold different things.
-_MIXED = ("control",)
+_MIXED = ("control", "parts")
 
 
 def main() -> None:
@@ -136,6 +138,8 @@ def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]
         return measure_published()
     if name == "codec":
         return measure_codecs(rounds=arguments.rounds)
+    if name == "parts":
+        return measure_parts(rounds=arguments.rounds)
     if name == "scan":
         return measure_scans(rounds=arguments.rounds)
     if name == "debiased_steps":

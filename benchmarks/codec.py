@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,11 +52,17 @@ def _codec_functions(codec: StochasticRounding) -> dict[str, Callable[[], object
 def _measure_activation(activation: Activation, rounds: int) -> Iterator[dict[str, Any]]:
     x, grad = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
 
-    def step(bits: int | None) -> None:
-        y = activation.forward(x) if bits is None else sketched_activation(x, activation, StochasticRounding(bits))
+    def step(codec: StochasticRounding | None) -> None:
+        y = activation.forward(x) if codec is None else sketched_activation(x, activation, codec)
         torch.autograd.grad(y, x, grad)
 
-    functions = {"torch": lambda: step(None), "4 bits": lambda: step(4), "8 bits": lambda: step(8)}
+    codecs = {
+        f"{bits} bits{', fused' * fused}": StochasticRounding(bits, fused=fused)
+        for fused in (False, True)
+        for bits in (4, 8)
+    }
+    functions: dict[str, Callable[[], object]] = {"torch": functools.partial(step, None)}
+    functions |= {name: functools.partial(step, codec) for name, codec in codecs.items()}
     timings = time_interleaved(functions, reference="torch", rounds=rounds, label=activation.name)
     for method, timing in timings.items():
         yield _record(f"{activation.name}, {method}", timing)

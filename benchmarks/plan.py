@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import cheapgrad
+from benchmarks.networks import NETWORKS
 from benchmarks.pictures import Patches, load_patches
 from benchmarks.vision_transformer import VisionTransformer
 from cheapgrad.planning import LocalQuadratic, tradeoff
@@ -27,6 +28,8 @@ _BUDGETS: tuple[dict[str, Any], ...] = (
     {"noise": 0.05},
     {"memory": "60 %", "flops": "70 %"},
 )
+# Of the network whose blocks are worth a code of their norms and attention.
+_BLOCK_BUDGETS: tuple[dict[str, Any], ...] = ({"memory": "30 %"}, {"memory": "22 %"}, {"memory": "10 %"})
 # A plan is to take no longer than so many exact steps.
 _TARGET_STEPS = 30
 # Targets as shares of the excess at the start: signal decides, both do, noise decides.
@@ -75,11 +78,21 @@ def measure_plans(*, epochs: int, draws: int) -> Iterator[dict[str, Any]]:
             (patches.inputs[index].clone(), patches.labels[index])
             for index in order[: 2 * _BATCHES * BATCH].split(BATCH)
         ]
-        exact = [_gradient(model, batch) for batch in batches]
-        halves = [_Half(batches[part], exact[part]) for part in (slice(_BATCHES), slice(_BATCHES, None))]
-        for budget in _BUDGETS:
-            record = {"benchmark": "plan", "network": name, "budget": str(budget).strip("{}")}
-            yield record | _measure_plan(model, halves, budget, draws)
+        yield from _measure_budgets(name, model, batches, _BUDGETS, draws)
+    large = NETWORKS[0]
+    batches = [large.make_batch() for _ in range(2 * _BATCHES)]
+    yield from _measure_budgets(f"{large.name}, untrained", large.make(), batches, _BLOCK_BUDGETS, draws)
+
+
+def _measure_budgets(
+    name: str, model: nn.Module, batches: Sequence[Batch], budgets: Sequence[dict[str, Any]], draws: int
+) -> Iterator[dict[str, Any]]:
+    """Plan with the first batches, measure on them and on as many others."""
+    exact = [_gradient(model, batch) for batch in batches]
+    halves = [_Half(batches[part], exact[part]) for part in (slice(_BATCHES), slice(_BATCHES, None))]
+    for budget in budgets:
+        record = {"benchmark": "plan", "network": name, "budget": str(budget).strip("{}")}
+        yield record | _measure_plan(model, halves, budget, draws)
 
 
 class _Half:

@@ -7,12 +7,10 @@ Bytes and peaks are measured on one step, times interleaved. The process's own p
 from __future__ import annotations
 
 import copy
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 import cheapgrad
 from benchmarks.interleaved import time_interleaved
-from benchmarks.memory import keep_freed_memory
 from benchmarks.networks import NETWORKS, Network, loss_of
+from benchmarks.process_peak import measure_process_peak
 from cheapgrad import recipes
 from cheapgrad.cost import measure_held_bytes, peak_memory
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-# What the kernel says of this process, where there is one that does.
-_STATUS = Path("/proc/self/status")
 _GRAPHS_PER_CODE = 128
 _LONGEST_MESSAGE = 160
 
@@ -249,29 +245,12 @@ def _peak_of_process(network: Network, method: str) -> int:
 
 
 def main(network_name: str, method_name: str) -> None:
-    """Print by how many bytes two steps raise the peak of this process."""
-    keep_freed_memory()
+    """Print by how many bytes a step raises the peak of this process; the model and its gradients are there before."""
     network = next(network for network in NETWORKS if network.name == network_name)
     method = next(each for each in (*EAGER, *FUSED) if each.name == method_name)
     torch.manual_seed(0)
-    model, batch = network.make(), network.make_batch()
-    step, _ = _make_step(method, model, batch)
-    # A small step first, so that the libraries' own buffers are there.
-    small = tuple(tensor[:1] for tensor in batch)
-    method.loss(method.prepare(model), *small).backward()
-    before = _peak_so_far()
-    for _ in range(2):
-        step()
-    print(_peak_so_far() - before)
-
-
-def _peak_so_far() -> int:
-    """Return the most memory this process has had at once, in bytes."""
-    if _STATUS.exists():
-        # Not from getrusage, whose peak a process inherits from the one that started it.
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    step, _ = _make_step(method, network.make(), network.make_batch())
+    print(measure_process_peak(step))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import whole_network
+from benchmarks import process_peak, whole_network
 from benchmarks.networks import Network
 from benchmarks.vision_transformer import VisionTransformer
 from benchmarks.whole_network import EAGER, EXACT, Method
@@ -62,3 +62,12 @@ def test_compiled_methods_keep_to_budgets_of_their_own():
     # One graph taken for another would give equal numbers.
     whole, quarter = (records[method.name]["held_bytes"] for method in methods)
     assert whole > 1.5 * quarter
+
+
+def test_peak_of_a_process_is_that_of_the_step_alone():
+    sizes = iter((40, 40, 20))
+    # The steps before do not count, nor what they freed.
+    peak = process_peak.measure_process_peak(lambda: torch.ones(next(sizes), 1024, 256).sum())
+    if not process_peak._FORGET.exists():
+        pytest.skip("the kernel does not forget peaks here")
+    assert 0.9 * 20 * 2**20 < peak < 1.3 * 20 * 2**20

@@ -111,6 +111,12 @@ COMPILED = (
     Method("compiled, recipes.memory(4), budget .25", recipes.memory(4), memory_budget=0.25),
     Method("compiled, recipes.both(4, .5)", recipes.both(4, 0.5), memory_budget=1.0),
 )
+FUSED_COMPILED = (
+    Method("compiled, recipes.memory(4) + linear_cross_entropy", recipes.memory(4), memory_budget=1.0, fused_loss=True),
+    Method(
+        "compiled, recipes.both(4, .5) + linear_cross_entropy", recipes.both(4, 0.5), memory_budget=1.0, fused_loss=True
+    ),
+)
 
 
 def _compile(model: nn.Module, budget: float) -> nn.Module:
@@ -136,8 +142,9 @@ def fused_loss_of(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
 
 def methods_for(network: Network, *, compiled: bool) -> tuple[Method, ...]:
     """Return what is measured on a network."""
-    fused = FUSED if "language" in network.name else ()
-    return (*EAGER, *fused, *(COMPILED if compiled else ()))
+    has_vocabulary = "language" in network.name
+    eager = (*EAGER, *(FUSED if has_vocabulary else ()))
+    return (*eager, *COMPILED, *(FUSED_COMPILED if has_vocabulary else ())) if compiled else eager
 
 
 def measure_networks(

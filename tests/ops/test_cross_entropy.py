@@ -238,6 +238,20 @@ def test_compiled(keep, recompute):
     assert torch.allclose(ours[1][1], stock[1][1]) == (keep is None)
 
 
+@pytest.mark.parametrize("chunk", [8, 64])
+def test_compiled_logits_are_not_kept_when_they_are_to_be_computed_again(chunk):
+    tokens, features, classes = 64, 16, 512
+    x, weight = torch.randn(tokens, features, requires_grad=True), torch.randn(classes, features, requires_grad=True)
+    targets = torch.randint(0, classes, (tokens,))
+    function = torch.compile(
+        lambda x, weight: linear_cross_entropy(x, weight, targets, chunk=chunk, recompute=True),
+        backend="aot_eager_decomp_partition",
+    )
+    function(x, weight)
+    held = measure_held_bytes(lambda: function(x, weight), exclude=[x, weight, targets])
+    assert held.total_bytes < 0.1 * tokens * classes * 4
+
+
 def test_compiled_draws_are_made_once():
     # Every row of dW belongs to one token: what is drawn shows as one over its probability.
     tokens = 8

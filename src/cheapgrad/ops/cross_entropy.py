@@ -189,6 +189,8 @@ class _LogitsAgain(torch.autograd.Function):
         with torch.no_grad():
             wide = torch.promote_types(x_NI.dtype, torch.float32)
             weight_N = ctx.options.token_weights(targets_N, wide) * grad.to(wide)
+            # Formally made from the cotangent, or a compiler keeps the logits of forward: the same products.
+            x_NI = random.anchor(x_NI, (grad,))
             _, sums = _run(x_NI, weight_CI, bias_C, targets_N, ctx.options, weight_N, ctx.wanted)
         gradients = () if sums is None else sums.sums()
         outputs = [differentiate_once(part, _NAME, grad, x_NI, weight_CI) for part in gradients]

@@ -44,8 +44,8 @@ def test_report_travels_through_json(good, bad, tmp_path):
     ("damage", "message"),
     [
         (lambda data: data.pop("band"), "lacks 'band'"),
-        (lambda data: data.update(draws="many"), "draws must be of type int, but is 'many'"),
-        (lambda data: data.update(cosine="huge"), "cosine must be of type float, but is 'huge'"),
+        (lambda data: data.update(draws="many"), "draws must be of type int, but is a str 'many'"),
+        (lambda data: data.update(cosine="huge"), "cosine must be of type float, but is a str 'huge'"),
         (lambda data: data["layers"][1].update(name=None), r"layers\[1\]\.name must be of type str"),
         (lambda data: data.update(layers={}), "layers must be a list"),
         (lambda data: data.update(kind="cheapgrad.plan"), "of kind 'cheapgrad.plan', not 'cheapgrad.audit'"),

@@ -62,7 +62,7 @@ def main() -> None:
         nargs="*",
         choices=[*_NAMES, "all"],
         default="all",
-        help="what to run (default: all); worth needs step and noise",
+        help="what to run (default: all); worth needs step and noise, in this run or in --out",
     )
     parser.add_argument("--data", type=Path, help="zip of an image folder for noise (default: the bundled digits)")
     parser.add_argument("--epochs", type=int, help="epochs of exact training before noise (default: 1; digits: 15)")
@@ -90,26 +90,24 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     keeps_memory = not arguments.return_memory and keep_freed_memory()
     environment = describe_environment(arguments.seed) | {"keeps_freed_memory": keeps_memory}
-    everything: list[dict[str, Any]] = []
     with arguments.out.open("a", encoding="utf-8") as file:
         for name in names:
             records = []
-            for record in _run(name, arguments, everything):
+            for record in _run(name, arguments):
                 records.append(record)
                 if "environment" not in record:
                     file.write(json.dumps(record | {"environment": environment}) + "\n")
                     file.flush()
             _print(name, records, environment)
-            everything += records
 
 
-def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _run(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if name == "layer":
         return measure_layers(rounds=arguments.rounds)
     if name == "step":
         return measure_steps(rounds=arguments.rounds)
     if name == "worth":
-        return judge_worth(earlier)
+        return judge_worth(_read_records(arguments.out))
     if name == "curvature":
         return measure_curvature(rounds=arguments.rounds)
     if name == "theory":
@@ -150,10 +148,13 @@ def _run(name: str, arguments: argparse.Namespace, earlier: list[dict[str, Any]]
 
 def _read_finished(path: Path, name: str) -> dict[str, dict[str, Any]]:
     """Return the records of a benchmark that a file of JSON lines holds, by method, each with its own environment."""
-    if not path.exists():
-        return {}
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {record["method"]: record for record in records if record["benchmark"] == name}
+    return {record["method"]: record for record in _read_records(path) if record["benchmark"] == name}
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of JSON lines, those of this run among them; none if there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def _print(name: str, records: Iterable[dict[str, Any]], environment: dict[str, Any]) -> None:

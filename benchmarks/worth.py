@@ -10,13 +10,15 @@ TARGETS = {384: 0.77, 768: 0.72}
 
 
 def judge_worth(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield ``c (1 + omega)`` for every network and budget whose cost and noise this run measured.
+    """Yield ``c (1 + omega)`` for every network and budget whose cost and noise were measured, the last time counting.
 
     A batch of a share q of the examples has exactly ``1 + omega = 1 / q`` where noise dominates; its row is its
     measured cost divided by q. The best budget of each network carries the target.
     """
     omegas = {record["method"]: record["omega"] for record in records if record["benchmark"] == "noise"}
-    steps = [record for record in records if record["benchmark"] == "step"]
+    steps = list(
+        {(record["width"], record["method"]): record for record in records if record["benchmark"] == "step"}.values()
+    )
     for width in dict.fromkeys(record["width"] for record in steps):
         rows = [row for record in steps if record["width"] == width for row in _judge(record, omegas)]
         ours = [row["worth"] for row in rows if row["method"].startswith("recipes")]

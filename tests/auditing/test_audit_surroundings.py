@@ -134,6 +134,74 @@ def test_time_first_batch_is_refused():
     assert report.noise_fraction is None
 
 
+def recurrent_loss(model, batch):
+    output = model(batch)[0]
+    return (output[:, -1] if model.batch_first else output[-1]).square().mean()
+
+
+def gradients_of(model, batch):
+    return torch.autograd.grad(recurrent_loss(model, batch), list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("dropout", "options"),
+    [(0.4, {"seed": 0}), (0.0, {"reference": gradients_of}), (0.4, {"reference": gradients_of, "seed": 0})],
+    ids=["dropout", "gradients as reference", "both"],
+)
+def test_order_is_checked_in_evaluation_mode_where_the_loss_does_not_tell(dropout, options):
+    torch.manual_seed(0)
+    time_first, batch_first = (nn.RNN(4, 5, 2, dropout=dropout, batch_first=value) for value in (False, True))
+    batch = torch.randn(7, 3, 4)
+    with pytest.raises(BatchOrderError, match=r"the loss in evaluation mode is .* with the batch's 7 entries of"):
+        audit(time_first, recurrent_loss, batch, draws=8, **options)
+    assert time_first.training
+    assert audit(time_first, recurrent_loss, batch, draws=8, split=False, **options).noise_fraction is None
+    report = audit(batch_first, recurrent_loss, batch, draws=8, **options)
+    assert report.noise_fraction is not None
+    assert not any("order" in remark for remark in report.remarks)
+
+
+def fails_in_evaluation_mode(model, batch):
+    if not model.training:
+        raise OSError("no labels")
+    return mean_loss(model, batch)
+
+
+def always_drops(model, batch):
+    return mean_loss(model, (nn.functional.dropout(batch[0], 0.3, training=True), batch[1]))
+
+
+def infinite_in_evaluation_mode(model, batch):
+    return mean_loss(model, batch) + (0.0 if model.training else math.inf)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "reason"),
+    [
+        (fails_in_evaluation_mode, "in evaluation mode the loss function raised OSError: no labels"),
+        (always_drops, "it draws random numbers in evaluation mode too"),
+        (infinite_in_evaluation_mode, "in evaluation mode the loss is inf"),
+    ],
+)
+def test_order_that_cannot_be_checked_is_remarked(loss_fn, reason):
+    report = audit(make_network(planted.exact, dropout=0.2), loss_fn, make_batch(), seed=0, draws=8)
+    assert f"nobody checked whether the order of the batch's examples changes its loss: {reason}" in report.remarks
+    assert report.noise_fraction is not None
+
+
+def test_reference_for_whole_batches_only_leaves_the_mini_batch_unknown():
+    def reference(model, batch):
+        if len(batch[0]) < planted.B:
+            raise ValueError(f"compiled for {planted.B} examples")
+        return right_loss(model, batch)
+
+    report = audit(make_network(planted.one_percent_too_long), mean_loss, make_batch(), reference=reference, draws=8)
+    expected = "mini-batch variance unknown: on 3 examples, the reference raised ValueError: compiled for 48 examples"
+    assert expected in report.remarks
+    assert report.noise_fraction is None
+    assert not report.unbiased
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "message"),
     [

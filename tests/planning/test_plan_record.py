@@ -307,6 +307,17 @@ def test_an_order_that_cannot_be_checked_is_remarked() -> None:
     assert "nobody checked" not in str(make_plan(batches=make_batches((24,), 4), flops="60 %"))
 
 
+def test_a_loss_that_draws_in_evaluation_mode_too_has_an_order_that_nobody_checked() -> None:
+    def always_drops(model: nn.Module, batch: Batch) -> Any:
+        return loss_fn(model, (nn.functional.dropout(batch[0], 0.1, training=True), batch[1]))
+
+    plan = cheapgrad.plan(
+        make_mlp(3), always_drops, make_batches((24,), 4), flops="60 %", strategies=ROWS, skip_small=False
+    )
+    expected = "nobody checked whether the order of a batch's examples changes its loss: it draws random numbers in"
+    assert any(remark.startswith(expected) for remark in plan.remarks)
+
+
 def test_models_that_cannot_be_planned_for_are_refused() -> None:
     with pytest.raises(ModelTypeError, match="'mlp' of type str"):
         cheapgrad.plan("mlp", loss_fn, [], flops=0.5)  # type: ignore[arg-type]

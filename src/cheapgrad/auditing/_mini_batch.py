@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from cheapgrad.auditing._errors_drawn import inner_product
-from cheapgrad.auditing._examples import choose_examples, count_examples, reverse_examples
+from cheapgrad.auditing._example_order import check_order
+from cheapgrad.auditing._examples import choose_examples, count_examples
 from cheapgrad.auditing._step import Step
-from cheapgrad.errors import BackwardError, BatchOrderError, ForwardError, LossError, ReferenceGradientError
+from cheapgrad.errors import BackwardError, ForwardError, LossError, ReferenceGradientError
 
 # Into how many micro-batches the batch is cut: as many degrees of freedom and one, for each direction of the gradient.
 _MICRO_BATCHES = 16
 # The micro-batches' gradients add up to the batch's to within this fraction, or a remark says so.
 _ADDS_UP = 0.1
-# By how much the loss may change with the order of examples: sums are rounded in another order.
-_SAME_LOSS_ULPS = 4096
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,11 @@ class MiniBatchNoise:
 
     Attributes:
         variances: ``E‖g − E g‖²`` of each tensor, shape ``[T]``; None if unknown.
-        remark: what a reader has to know.
+        remarks: what a reader has to know.
     """
 
     variances: Tensor | None
-    remark: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 def measure_mini_batch_noise(
@@ -47,26 +46,18 @@ def measure_mini_batch_noise(
         step: whose exact gradient is taken.
         batch: a tree of tensors whose first axis counts examples.
         make_seed: a seed for each text.
-        draws_noise: whether the forward pass draws, so that the loss of another order cannot be compared.
+        draws_noise: whether the forward pass draws: gradients of micro-batches then do not add up to the batch's.
 
     Raises:
-        BatchOrderError: the loss is another when the examples are in reverse order.
+        BatchOrderError: the loss is another when the examples are in reverse order; see `check_order`.
     """
     examples = count_examples(batch)
     if examples is None:
-        return MiniBatchNoise(None, "mini-batch variance unknown: the batch's tensors share no first axis")
+        return MiniBatchNoise(None, ("mini-batch variance unknown: the batch's tensors share no first axis",))
     if examples < 2:
-        return MiniBatchNoise(None, "mini-batch variance unknown: the batch is a single example")
+        return MiniBatchNoise(None, ("mini-batch variance unknown: the batch is a single example",))
     whole = step.draw_exact(batch, make_seed("whole"))
-    if not draws_noise and whole.loss is not None:
-        backward = step.draw_exact(reverse_examples(batch, examples), make_seed("whole"))
-        slack = _SAME_LOSS_ULPS * torch.finfo(whole.tensors[0].dtype).eps * max(abs(whole.loss), 1e-3)
-        if backward.loss is not None and not abs(whole.loss - backward.loss) <= slack:
-            raise BatchOrderError(
-                f"the loss is {whole.loss:.9g}, and {backward.loss:.9g} with the batch's {examples} entries of the "
-                "first axis in reverse order, so these are no examples that a mini-batch could be cut into; pass "
-                "split=False to leave out the mini-batch's variance"
-            )
+    remarks = check_order(step, batch, examples, None if draws_noise else whole.loss, make_seed)
     # Two examples at least where there are enough: batch norm refuses one.
     parts = torch.arange(examples).tensor_split(min(_MICRO_BATCHES, max(2, examples // 2)))
     try:
@@ -75,8 +66,9 @@ def measure_mini_batch_noise(
             for number, part in enumerate(parts)
         ]
     except (ForwardError, BackwardError, LossError, ReferenceGradientError) as error:
-        return MiniBatchNoise(None, f"mini-batch variance unknown: on {len(parts[0])} examples, {error}")
-    return _spread(whole.tensors, gradients, [len(part) for part in parts], draws_noise)
+        return MiniBatchNoise(None, (*remarks, f"mini-batch variance unknown: on {len(parts[0])} examples, {error}"))
+    noise = _spread(whole.tensors, gradients, [len(part) for part in parts], draws_noise)
+    return MiniBatchNoise(noise.variances, (*remarks, *noise.remarks))
 
 
 def _spread(whole: list[Tensor], gradients: list[list[Tensor]], counts: list[int], draws_noise: bool) -> MiniBatchNoise:
@@ -98,10 +90,12 @@ def _spread(whole: list[Tensor], gradients: list[list[Tensor]], counts: list[int
         * scale**2
         for mean, tensors in zip(means, zip(*gradients, strict=True), strict=True)
     ]
-    remark = ""
+    remarks: tuple[str, ...] = ()
     if not draws_noise and min(from_sum, from_mean) > _ADDS_UP**2 * sum(map(_squared, whole)):
-        remark = "mini-batch variance approximate: the gradients of micro-batches do not add up to that of the batch"
-    return MiniBatchNoise(torch.tensor(variances, dtype=torch.float64), remark)
+        remarks = (
+            "mini-batch variance approximate: the gradients of micro-batches do not add up to that of the batch",
+        )
+    return MiniBatchNoise(torch.tensor(variances, dtype=torch.float64), remarks)
 
 
 def _add_weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from cheapgrad.auditing._surroundings import seed_all
+from cheapgrad.auditing._surroundings import evaluating, seed_all
 from cheapgrad.convert.sketched_layer import SketchedLayer
 from cheapgrad.errors import (
     AccumulationError,
@@ -119,6 +119,12 @@ class Step:
             return DrawnGradient(self._collect(), loss)
         self._clear()
         return DrawnGradient(self._read(made), None)
+
+    def evaluate(self, batch: Any, seed: int) -> float:
+        """Return the loss in evaluation mode, from the stock code of all converted layers."""
+        seed_all(seed)
+        with evaluating(self.model), exact_step():
+            return float(self.loss_fn(self.model, batch).detach())
 
     def _backward(self, loss_fn: LossFunction, batch: Any) -> float:
         try:

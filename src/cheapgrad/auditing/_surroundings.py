@@ -23,11 +23,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Hooks that wait for complete gradients, such as those of optimizers that step during backward, do not run inside.
     """
     with contextlib.ExitStack() as stack:
-        for keep in (_keep_random_states, _keep_gradients, _keep_buffers, _keep_modules):
+        for keep in (_keep_random_states, _keep_gradients, _keep_buffers, _keep_modes, _keep_memories):
             stack.callback(keep(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         yield
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and every module of it back into its own afterwards."""
+    put_back = _keep_modes(model)
+    try:
+        model.eval()
+        yield
+    finally:
+        put_back()
 
 
 def seed_all(seed: int) -> None:
@@ -91,8 +102,17 @@ def _keep_buffers(model: nn.Module) -> Any:
     return put_back
 
 
-def _keep_modules(model: nn.Module) -> Any:
+def _keep_modes(model: nn.Module) -> Any:
     modes = [(module, module.training) for module in model.modules()]
+
+    def put_back() -> None:
+        for module, mode in modes:
+            module.training = mode
+
+    return put_back
+
+
+def _keep_memories(model: nn.Module) -> Any:
     memories = [
         (memory, copy.copy(vars(memory)))
         for module in model.modules()
@@ -102,8 +122,6 @@ def _keep_modules(model: nn.Module) -> Any:
     ]
 
     def put_back() -> None:
-        for module, mode in modes:
-            module.training = mode
         for memory, state in memories:
             vars(memory).clear()
             vars(memory).update(state)

@@ -177,7 +177,7 @@ def _name_reference(findings: Findings) -> str:
 
 
 def _write_remarks(findings: Findings) -> tuple[str, ...]:
-    remarks = [findings.mini_batch.remark, findings.costs.remark]
+    remarks = [*findings.mini_batch.remarks, findings.costs.remark]
     if findings.step.reference is None and not findings.step.is_converted and not findings.step.accumulates:
         remarks.append(
             "no layer of this model is cheapgrad's, so the exact step is the same code, run eagerly; pass reference= "

@@ -197,7 +197,7 @@ def _run(step: Step, batch: Any, settings: _Settings, progress: bool | None) -> 
     # Every process reports what any of them found.
     wrong = {name: error for found in pool.gather(check.wrong) for name, error in found if error > settings.tolerance}
     check = dataclasses.replace(check, wrong=tuple(wrong.items()))
-    mini_batch = MiniBatchNoise(None, "mini-batch variance unknown: split=False")
+    mini_batch = MiniBatchNoise(None, ("mini-batch variance unknown: split=False",))
     if settings.split:
         mini_batch = measure_mini_batch_noise(step, batch, seed_of, draws_noise=draws_noise)
     series = Series(step, batch, collector, seed_of, draws_noise)
@@ -216,7 +216,7 @@ def _run(step: Step, batch: Any, settings: _Settings, progress: bool | None) -> 
             processes=processes,
             confirmed=confirmed,
             check=check,
-            mini_batch=MiniBatchNoise(variances[0] if variances else None, mini_batch.remark),
+            mini_batch=MiniBatchNoise(variances[0] if variances else None, mini_batch.remarks),
             forward_noise=series.forward_noise(),
             costs=StepCosts() if step.accumulates else measure_costs(step.model, step.loss_fn, batch),
         )

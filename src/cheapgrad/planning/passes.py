@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from cheapgrad.auditing._surroundings import evaluating
 from cheapgrad.convert.wrappers import unwrap
 from cheapgrad.cost._preparation import undisturbed
 from cheapgrad.errors import (
@@ -29,6 +30,7 @@ LossFunction = Callable[[Any, Any], Tensor]
 # Two losses differ if they do so by more than this many units in the last place of one of them.
 _ULPS = 4096
 _ORDER_SEED = 20240401
+_UNCHECKED = "nobody checked whether the order of a batch's examples changes its loss"
 
 
 class Step:
@@ -146,8 +148,8 @@ def _check_order(step: Step, batch: Any) -> list[str]:
     if len(sizes) != 1 or max(sizes) < 2:
         found = " and ".join(map(str, sorted(sizes))) or "no tensors"
         return [
-            "nobody checked whether the order of a batch's examples changes its loss: the first axes of its tensors "
-            f"should be as long as there are examples, two or more, but are {found}"
+            f"{_UNCHECKED}: the first axes of its tensors should be as long as there are examples, two or more, but "
+            f"are {found}"
         ]
     size = sizes.pop()
     order = torch.randperm(size, generator=torch.Generator().manual_seed(_ORDER_SEED))
@@ -156,21 +158,18 @@ def _check_order(step: Step, batch: Any) -> list[str]:
         return tensor[order.to(tensor.device)] if tensor.dim() else tensor
 
     shuffled = tree_map_only(Tensor, reorder, batch)
-    modes = [(module, module.training) for module in step.model.modules()]
-    try:
-        step.model.eval()
-        with step.undisturbed(), torch.no_grad():
-            losses = step.loss(batch), step.loss(shuffled)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    if _differ(*losses):
-        raise BatchOrderError(
-            f"the loss is {float(losses[0]):.8g}, but {float(losses[1]):.8g} for the same {size} examples in another "
-            "order: entries along the first axis are not examples of their own; put the examples first, or let "
-            "loss_fn arrange the batch"
-        )
-    return []
+    with evaluating(step.model), step.undisturbed(), torch.no_grad():
+        losses = step.loss(batch), step.loss(shuffled)
+        if not _differ(*losses):
+            return []
+        reseeded = Step(step.model, step.loss_fn, step.seed + 1).loss(batch)
+    if _differ(losses[0], reseeded):
+        return [f"{_UNCHECKED}: it draws random numbers in evaluation mode too"]
+    raise BatchOrderError(
+        f"the loss is {float(losses[0]):.8g}, but {float(losses[1]):.8g} for the same {size} examples in another "
+        "order: entries along the first axis are not examples of their own; put the examples first, or let "
+        "loss_fn arrange the batch"
+    )
 
 
 def _differ(first: Tensor, second: Tensor) -> bool:

@@ -16,7 +16,15 @@ from cheapgrad.errors import UnreachableBudgetError
 from cheapgrad.planning import Plan
 from cheapgrad.planning.regions import find_regions
 from cheapgrad.sketch import StochasticRounding
-from tests.planning.networks import Batch, SmallViT, exact_gradients, loss_fn, make_batches, measure_noise
+from tests.planning.networks import (
+    Batch,
+    SmallViT,
+    exact_gradients,
+    loss_fn,
+    make_batches,
+    measure_noise,
+    scan_step,
+)
 
 
 def make_vit(dropout: float = 0.0) -> nn.Module:
@@ -30,18 +38,6 @@ def make_vit(dropout: float = 0.0) -> nn.Module:
 
 def held_bytes(model: nn.Module, batch: Batch) -> int:
     return measure_held_bytes(lambda: loss_fn(model, batch), exclude=[model]).total_bytes
-
-
-def count_backward_flops(model: nn.Module, batch: Batch) -> float:
-    class Whole(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, batch: Batch) -> torch.Tensor:
-            return loss_fn(self.model, batch)
-
-    return cheapgrad.scan(Whole(), batch).total.backward_flops
 
 
 def make_plan(model: nn.Module, batches: list[Batch], **budget: Any) -> Plan:
@@ -68,7 +64,7 @@ def test_budgets_of_bytes_and_flops_are_kept_together(memory: str, flops: str) -
     exact, exact_bytes = exact_gradients(model, batches), held_bytes(model, batches[0])
     plan = make_plan(model, batches, memory=memory, flops=flops)
     cheapgrad.approximate(model, plan)
-    held, counted = held_bytes(model, batches[0]), count_backward_flops(model, batches[0])
+    held, counted = held_bytes(model, batches[0]), scan_step(model, batches[0]).total.backward_flops
     assert held <= float(memory.removesuffix(" %")) / 100 * exact_bytes
     assert plan.predicted.saved_bytes == pytest.approx(held, rel=0.03)
     assert counted <= float(flops.removesuffix(" %")) / 100 * plan.exact.backward_flops

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -145,29 +146,40 @@ def test_frontier_of_many_items_is_near_the_best_and_within_budget() -> None:
     assert bound <= found.noise <= 1.02 * bound
 
 
-def test_plan_of_a_small_model_is_the_best_of_all_rules() -> None:
+def make_layers_apart(*widths: int) -> nn.Module:
+    """Return linear layers that have nothing in common: a norm that is not converted ends every chain."""
     torch.manual_seed(9)
-    widths = (24, 16, 32, 8, 5)
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
-        # A norm that is not converted ends every chain.
         layers += [nn.LayerNorm(inputs), nn.Linear(inputs, outputs)]
-    model, batches = nn.Sequential(*layers).double().train(), make_batches((24,), 2)
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    options = [None, *(StochasticRounding(bits, group=8) for bits in (8, 4, 2))]
-    noises = {(name, option): predict_alone(model, batches, name, option) for name in names for option in options}
-    exact = measure_held_bytes(lambda: loss_fn(model, batches[0]), exclude=[model]).total_bytes
-    every = []
-    for chosen in itertools.product(options, repeat=len(names)):
-        pairs = [(name, option) for name, option in zip(names, chosen, strict=True) if option is not None]
-        held = exact
-        if pairs:
-            handle = cheapgrad.approximate(
-                model, [cheapgrad.Rule(name, stored=option) for name, option in pairs], skip_small=False
-            )
-            held = measure_held_bytes(lambda: loss_fn(model, batches[0]), exclude=[model]).total_bytes
+    return nn.Sequential(*layers).double().train()
+
+
+def measure_every(
+    model: nn.Module, rules_of_layers: Sequence[Sequence[cheapgrad.Rule]], measure: Callable[[], int]
+) -> Iterator[tuple[int, tuple[cheapgrad.Rule, ...]]]:
+    """Yield what a step costs with every combination of rules, at most one for each layer, with the rules."""
+    for chosen in itertools.product(*([None, *rules] for rules in rules_of_layers)):
+        rules = tuple(rule for rule in chosen if rule is not None)
+        handle = cheapgrad.approximate(model, rules, skip_small=False) if rules else None
+        yield measure(), rules
+        if handle is not None:
             handle.revert()
-        every.append((held, sum(noises[pair] for pair in pairs)))
+
+
+def test_plan_of_a_small_model_is_the_best_of_all_rules() -> None:
+    model, batches = make_layers_apart(24, 16, 32, 8, 5), make_batches((24,), 2)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    codes = [StochasticRounding(bits, group=8) for bits in (8, 4, 2)]
+    rules = [[cheapgrad.Rule(name, stored=code) for code in codes] for name in names]
+    noises = {rule: predict_alone(model, batches, rule) for of_layer in rules for rule in of_layer}
+    every = [
+        (held, sum(noises[rule] for rule in chosen))
+        for held, chosen in measure_every(
+            model, rules, lambda: measure_held_bytes(lambda: loss_fn(model, batches[0]), exclude=[model]).total_bytes
+        )
+    ]
+    exact = every[0][0]
     gradients = torch.stack(exact_gradients(model, batches))
     variance = float(gradients.var(0).sum())
     for budget in (0.95, 0.8, 0.7, 0.6):
@@ -177,11 +189,34 @@ def test_plan_of_a_small_model_is_the_best_of_all_rules() -> None:
         assert plan.predicted.saved_bytes <= budget * exact
 
 
-def predict_alone(model: nn.Module, batches: list[Any], name: str, option: Any) -> float:
+def test_plan_of_rows_on_six_layers_is_the_best_of_all_rules() -> None:
+    model, batches = make_layers_apart(24, 16, 32, 24, 8, 24, 5), make_batches((24,), 2)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    # Two options for every other layer, one for the rest: 216 combinations.
+    rules = [
+        [cheapgrad.Rule(name, cotangent=RowSample(keep)) for keep in ((0.5, 0.25) if position % 2 else (0.5,))]
+        for position, name in enumerate(names)
+    ]
+    every = list(measure_every(model, rules, lambda: count_backward_flops(model, batches[0])))
+    noises = {}
+    for flops, chosen in every:
+        if len(chosen) == 1:
+            # What a rule adds by itself, in its own layer and below.
+            alone = cheapgrad.plan(model, loss_fn, batches, strategies=chosen, skip_small=False, flops=flops)
+            assert [layer.cotangent for layer in alone.layers] == [rule.cotangent for rule in chosen]
+            noises[chosen[0]] = alone.separate_noise_fraction
+    assert len(noises) == 9
+    exact, all_rules = every[0][0], [rule for of_layer in rules for rule in of_layer]
+    for budget in (0.92, 0.8, 0.7, 0.6, 0.5):
+        best = min(sum(noises[rule] for rule in chosen) for flops, chosen in every if flops <= budget * exact)
+        plan = cheapgrad.plan(model, loss_fn, batches, strategies=all_rules, skip_small=False, flops=budget)
+        assert plan.separate_noise_fraction == pytest.approx(best, rel=1e-6)
+        assert plan.predicted.backward_flops <= budget * exact
+
+
+def predict_alone(model: nn.Module, batches: list[Any], rule: cheapgrad.Rule) -> float:
     """Return the variance of one layer's law, by the handle of a converted model."""
-    if option is None:
-        return 0.0
-    handle = cheapgrad.approximate(model, cheapgrad.Rule(name, stored=option), skip_small=False)
+    handle = cheapgrad.approximate(model, rule, skip_small=False)
     variances = [handle.predict(lambda batch=batch: loss_fn(model, batch))[0].weight_variance for batch in batches]
     handle.revert()
     return sum(variance or 0.0 for variance in variances) / len(batches)

@@ -100,6 +100,18 @@ def test_larger_budget_never_adds_noise(network: str, strategies: Any, budget: s
     assert plan.layers == ()
 
 
+def test_larger_noise_ceiling_saves_at_least_as_much() -> None:
+    model, batches = make("mlp")
+    costs = []
+    for ceiling in (0.002, 0.02, 0.1, 0.4, 2.0):
+        plan = cheapgrad.plan(model, loss_fn, batches, strategies=ROWS + CODES, skip_small=False, noise=ceiling)
+        assert plan.predicted.noise_fraction <= ceiling
+        costs.append(plan.saved_bytes_fraction + plan.backward_flops_fraction)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] < 2.0
+    assert costs[-1] < 0.8 * costs[0]
+
+
 def test_choice_is_that_of_an_exhaustive_search() -> None:
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):

@@ -112,6 +112,28 @@ def test_larger_noise_ceiling_saves_at_least_as_much() -> None:
     assert costs[-1] < 0.8 * costs[0]
 
 
+@pytest.mark.parametrize("case", ["vit, both", "convolutions, codes"])
+def test_held_parts_are_those_of_the_exact_and_the_planned_step(case: str) -> None:
+    network, budgets, strategies = CASES[case]
+    model, batches = make(network, count=2)
+    plan = cheapgrad.plan(model, loss_fn, batches, strategies=strategies, skip_small=False, **budgets)
+    exact = scan_step(model, batches[0])
+    cheapgrad.approximate(model, plan)
+    planned = scan_step(model, batches[0])
+    for report, held, whole in (
+        (exact, {(part.module, part.operation): part.exact_bytes for part in plan.held}, plan.exact),
+        (planned, {(part.module, part.operation): part.planned_bytes for part in plan.held}, plan.predicted),
+    ):
+        assert sum(held.values()) == whole.saved_bytes
+        for name, _ in model.named_modules():
+            row = report.row(f"model.{name}" if name else "model")
+            assert sum(amount for (module, _), amount in held.items() if module == name) == row.saved_bytes
+        assert sum(amount for (module, _), amount in held.items() if module == "(loss)") == report.row("").saved_bytes
+        for operation in {operation for _, operation in held}:
+            counted = sum(cost.saved_bytes for cost in report.operations if cost.operation == operation)
+            assert sum(amount for (_, other), amount in held.items() if other == operation) == counted
+
+
 def test_choice_is_that_of_an_exhaustive_search() -> None:
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -13,7 +14,7 @@ import pytest
 
 from cheapgrad import sketch
 from cheapgrad.errors import CheapgradError, RecordError
-from cheapgrad.planning import Plan, PlanFigures, PlannedLayer
+from cheapgrad.planning import HeldPart, Plan, PlanFigures, PlannedLayer
 from cheapgrad.planning.controller_trial import TrialDesign
 from cheapgrad.sketch import AbstractDesign, AbstractScore, AbstractStrategy, RowSample, StochasticRounding, Systematic
 
@@ -22,7 +23,10 @@ LAYERS = (
     PlannedLayer("0", stored=StochasticRounding(4)),
     PlannedLayer("2", cotangent=RowSample(0.5, design=Systematic()), drawn_at="2", noise_fraction=0.25),
 )
-PLAN = Plan({"memory": "60 %", "flops": 0.6}, EXACT, PREDICTED, LAYERS, 0.01, 0.25, 4, remarks=("few batches",))
+HELD = (HeldPart("0", "aten::addmm", 900, 400), HeldPart("(loss)", "aten::nll_loss", 100, 100))
+PLAN = Plan(
+    {"memory": "60 %", "flops": 0.6}, EXACT, PREDICTED, LAYERS, 0.01, 0.25, 4, remarks=("few batches",), held=HELD
+)
 
 
 def damaged(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
@@ -37,6 +41,12 @@ def damaged(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
 def test_whole_plan_is_read() -> None:
     assert Plan.from_json(PLAN.to_json()) == PLAN
     assert Plan.from_json(PLAN.to_json().encode()) == PLAN  # type: ignore[arg-type] - json reads bytes too
+
+
+def test_plan_from_before_parts_were_noted_is_read() -> None:
+    data = PLAN.to_dict()
+    del data["held"]
+    assert Plan.from_dict(data) == dataclasses.replace(PLAN, held=())
 
 
 @pytest.mark.parametrize(
@@ -96,6 +106,13 @@ def test_strategies_nested_too_deeply_are_named() -> None:
         (("predicted", "saved_bytes"), -1, "predicted.saved_bytes is -1, but is a finite number of at least 0"),
         (("batches",), 1, "batches is 1, but is at least 2"),
         (("noise_standard_error",), -1.0, "noise_standard_error is -1.0, but is at least 0"),
+        (("held",), {}, "held must be a list, but is a dict"),
+        (("held", 0), 5, "must be a mapping, not int"),
+        (("held", 0, "module"), None, "held[0].module is None, not str"),
+        (("held", 0, "exact_bytes"), 900.5, "held[0].exact_bytes is 900.5, not int"),
+        (("held", 1, "planned_bytes"), -1, "held[1] is HeldPart(module='(loss)'"),
+        (("held", 0, "exact_bytes"), 901, "exact.saved_bytes is 1000, but the parts in held have 1001 bytes"),
+        (("held", 1, "planned_bytes"), 99, "predicted.saved_bytes is 500, but the parts in held have 499 bytes"),
         (("layers", 0, "name"), "2", "layer '2' stands there twice"),
         (("layers", 1, "drawn_at"), "x", "layer '2' is drawn at 'x', which is no layer of it"),
     ],

@@ -1,8 +1,14 @@
-"""A small hand-written record for the tests of tables, pictures and sentences."""
+"""Small records, most of them hand-written, for the tests of tables, pictures and sentences."""
 
 from __future__ import annotations
 
-from cheapgrad.planning import Plan, PlanFigures, PlannedLayer
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import cheapgrad
+from cheapgrad.auditing.report import AuditReport
+from cheapgrad.planning import HeldPart, Plan, PlanFigures, PlannedLayer
 from cheapgrad.reporting import DemoRecord, MethodRecord, ModelRecord, StepRecord
 
 
@@ -76,7 +82,13 @@ def make_record(*methods: MethodRecord, seeds=(0, 1, 2)) -> DemoRecord:
     return DemoRecord("digits", seeds, 100.0, {"python": "3.11", "workers": 2}, (model,), wide)
 
 
-def make_plan(*layers: PlannedLayer) -> Plan:
+def make_audit(model: nn.Module) -> AuditReport:
+    """Audit a model of 4 inputs and 3 classes."""
+    batch = torch.randn(16, 4), torch.randint(0, 3, (16,))
+    return cheapgrad.audit(model, lambda model, batch: cross_entropy(model(batch[0]), batch[1]), batch, draws=8)
+
+
+def make_plan(*layers: PlannedLayer, held: tuple[HeldPart, ...] = ()) -> Plan:
     return Plan(
         budgets={"memory": "25 %"},
         exact=PlanFigures(1000, 10, 20, 0.0),
@@ -86,4 +98,5 @@ def make_plan(*layers: PlannedLayer) -> Plan:
         separate_noise_fraction=0.05,
         batches=4,
         remarks=("a remark",),
+        held=held,
     )

@@ -13,12 +13,12 @@ from torch import nn
 import cheapgrad
 from cheapgrad.cost import compare
 from cheapgrad.environment import Examination, Finding
-from cheapgrad.planning import PlannedLayer
+from cheapgrad.planning import HeldPart, PlannedLayer
 from cheapgrad.reporting import HeldRecord, RefusedFile, TensorRecord, read_directory, render_page
 from cheapgrad.reporting.record_files import RecordDirectory
 from cheapgrad.sketch import RowSample, StochasticRounding
 from tests.reporting.page_reader import find, make_file, read, read_table, render, text_of
-from tests.reporting.records import make_bits, make_method, make_plan, make_record, make_rows
+from tests.reporting.records import make_audit, make_bits, make_method, make_plan, make_record, make_rows
 
 HOSTILE = "<script>alert(1)</script>'\"&]]>\x00\x1b\ud800"
 HELD = (HeldRecord("fc1", "aten::addmm", 4096), HeldRecord("fc1", "aten::relu", 512), HeldRecord("", "aten::mm", 64))
@@ -271,8 +271,62 @@ def test_plan_has_its_layers_and_totals(tmp_path):
     assert rows["fc1"] == [repr(StochasticRounding(bits=4)), "–", "0.03"]
     assert rows["fc2"] == ["–", repr(RowSample(keep=0.5)), "0.02"]
     summary = text_of(find(page, "summary"))
+    assert "the plan holds 250 B instead of 1000 B and is predicted to add" in summary
+    assert find(page, "held") is None
     assert "add 0.05 of the mini-batch variance; c(1 + ω) = 0.25 × 1.05 = 0.263 is below 1" in summary
     assert "Asked for: memory = 25 %; a remark" in text_of(find(page, "plan"))
+
+
+HELD_PARTS = (
+    HeldPart("fc1", "aten::addmm", 600, 150),
+    HeldPart("fc2", "aten::addmm", 300, 0),
+    HeldPart("fc2", "SketchedLinear", 0, 40),
+    HeldPart("", "aten::gelu", 90, 50),
+    HeldPart("(loss)", "aten::nll_loss", 10, 10),
+)
+
+
+def test_plan_shows_its_bytes_against_the_exact_step_and_its_noise_as_modelled():
+    page = render(make_file(make_plan(*PLANNED, held=HELD_PARTS), "planned step"))
+    headings, rows = read_table(page, "held-0-modules")
+    assert headings == ["module", "exactmeasured", "plannedmeasured"]
+    assert rows == {
+        "all": ["1000", "250"],
+        "all ÷ exact": ["1.0", "0.25"],
+        "fc1": ["600", "150"],
+        "fc2": ["300", "40"],
+        "(model)": ["90", "50"],
+        "(loss)": ["10", "10"],
+    }
+    _, rows = read_table(page, "held-0-operations")
+    assert rows["aten::addmm"] == ["900", "150"]
+    assert rows["SketchedLinear"] == ["0", "40"]
+    headings, rows = read_table(page, "variance-0")
+    assert headings == ["layer", "plannedmodelled"]
+    assert rows == {"whole gradient": ["0.05"], "fc1": ["0.03"], "fc2": ["0.02"]}
+    variance = find(page, "variance")
+    assert variance is not None
+    cells = [cell for cell in variance.iter("td") if cell.get("data-value")]
+    assert all("modelled" in (cell.get("class") or "") for cell in cells)
+    marks = [mark.get("class", "") for mark in variance.iter() if "mark" in mark.get("class", "").split()]
+    assert marks
+    assert all("modelled" in mark for mark in marks)
+    # Nobody tested it for bias.
+    assert find(page, "bias") is None
+    assert "Not audited" in text_of(find(page, "verdict"))
+    summary = text_of(find(page, "summary"))
+    assert "planned step: exact holds 1000 B for backward, planned holds 250 B, 0.25 of it." in summary
+    assert "planned step: the plan is predicted to add 0.05 of the mini-batch variance" in summary
+
+
+def test_plan_and_audit_of_one_model_stand_apart():
+    # A layer's noise is what it adds to all parameters, a parameter's is what arrives there.
+    torch.manual_seed(0)
+    audit = make_audit(nn.Sequential(nn.Linear(4, 3)))
+    page = render(make_file(audit, "audit"), make_file(make_plan(*PLANNED), "plan"))
+    assert read_table(page, "variance-0")[0] == ["parameter", "auditmeasured"]
+    assert read_table(page, "variance-1")[0] == ["layer", "plannedmodelled"]
+    assert find(page, "bias-0-caption") is not None
 
 
 def test_plan_without_layers_and_of_many(tmp_path):
@@ -282,7 +336,8 @@ def test_plan_without_layers_and_of_many(tmp_path):
     page = read(render_page(read_directory(tmp_path)))
     assert read_table(page, "plan-0-layers")[1] == {}
     assert len(read_table(page, "plan-1-layers")[1]) == 50
-    assert "The 24 largest of 50." in text_of(find(page, "plan"))
+    assert len(read_table(page, "variance-0")[1]) == 51
+    assert "The 24 largest of 50 layers" in text_of(find(page, "variance"))
 
 
 def test_what_the_doctor_found_is_on_the_page():

@@ -19,17 +19,14 @@ from cheapgrad.planning import PlannedLayer
 from cheapgrad.reporting import DemoRecord, read_directory
 from cheapgrad.reporting.record_files import KINDS
 from cheapgrad.sketch import StochasticRounding
-from tests.reporting.records import make_plan, make_record
+from tests.reporting.records import make_audit, make_plan, make_record
 
 
 @pytest.fixture(scope="module")
 def records():
     torch.manual_seed(0)
     scan = cheapgrad.scan(nn.Linear(8, 4), torch.randn(5, 8))
-    model, batch = nn.Linear(4, 3), (torch.randn(16, 4), torch.randint(0, 3, (16,)))
-    audit = cheapgrad.audit(
-        model, lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]), batch, draws=8
-    )
+    audit = make_audit(nn.Linear(4, 3))
     examination = Examination((Finding("torch", "ok", "2.13"),), {"torch": "2.13"})
     return {
         "cheapgrad.audit": audit,

@@ -7,6 +7,7 @@ from cheapgrad.planning.controller import Controller
 from cheapgrad.planning.controller_law import NoiseSchedule
 from cheapgrad.planning.controller_state import ControlRecord
 from cheapgrad.planning.frontier import Frontier, Option, Point
+from cheapgrad.planning.held import HeldPart
 from cheapgrad.planning.local_quadratic import LocalQuadratic
 from cheapgrad.planning.make_plan import plan
 from cheapgrad.planning.record import Plan, PlanFigures, PlannedLayer
@@ -16,6 +17,7 @@ __all__ = [
     "ControlRecord",
     "Controller",
     "Frontier",
+    "HeldPart",
     "LocalQuadratic",
     "NoiseSchedule",
     "Option",

@@ -26,6 +26,16 @@ class _Whole(nn.Module):
         return self._loss_fn(self.model, batch)
 
 
+def name_in_model(row: str) -> str:
+    """Return what a row of `count_costs` is called in the model itself; ``"(loss)"`` is what the loss function does.
+
+    >>> name_in_model("model.blocks.0"), name_in_model("model"), name_in_model("")
+    ('blocks.0', '', '(loss)')
+    """
+    head, _, rest = row.partition(".")
+    return rest if head == "model" else row or "(loss)"
+
+
 def count_costs(step: Step, batch: Any) -> CostReport:
     """Return the ledger of one step of the model as it is.
 

@@ -28,6 +28,7 @@ from cheapgrad.planning.budget import Budget, read_limit
 from cheapgrad.planning.candidates import LayerCandidates, find_candidates
 from cheapgrad.planning.choosing import Menu
 from cheapgrad.planning.costs import count_costs
+from cheapgrad.planning.held import compare_held
 from cheapgrad.planning.parts import Choice
 from cheapgrad.planning.passed_down import Noise
 from cheapgrad.planning.passes import LossFunction, Step, check_loss
@@ -187,7 +188,7 @@ class _Planner:
         if not scale:
             raise BatchError("the batches have equal gradients, so there is no variance to compare noise with")
         search = Search(self.step, self.batches[0], menu, report, observed, variance, self.skip_small)
-        return self._write(exact, search.find(limits), variance)
+        return self._write(report, search.find(limits), variance)
 
     def _observe(self, report: CostReport) -> tuple[MiniBatchVariance, list[Observed], Menu]:
         """Run an exact pass of every batch; the noisiest are kept for the laws, of the others sizes of noise."""
@@ -241,8 +242,9 @@ class _Planner:
             averaged.append(dataclasses.replace(each[0], noise=carried, by_batch=shares))
         return averaged
 
-    def _write(self, exact: PlanFigures, found: Found, variance: MiniBatchVariance) -> Plan:
+    def _write(self, report: CostReport, found: Found, variance: MiniBatchVariance) -> Plan:
         scale, noise, choices = variance.value, found.noise, found.choices
+        exact = _figures(report, 0.0)
         return Plan(
             budgets=dict(self.given),
             exact=exact,
@@ -256,6 +258,7 @@ class _Planner:
             batches=variance.batches,
             skip_small=self.skip_small,
             remarks=(*found.remarks, *self._judge(noise, variance), *self.left_out),
+            held=compare_held(report, found.report),
         )
 
     def _judge(self, noise: PlanNoise, variance: MiniBatchVariance) -> list[str]:

@@ -18,6 +18,7 @@ from cheapgrad.cost.units import format_bytes, format_flops
 from cheapgrad.errors import CheapgradError, RecordError, describe_value
 from cheapgrad.field_types import find_misfit
 from cheapgrad.planning.batches import FEWEST_FOR_ERRORS, spare_factor
+from cheapgrad.planning.held import HeldPart
 from cheapgrad.sketch import AbstractStrategy
 from cheapgrad.sketch.value import from_dict
 
@@ -86,6 +87,8 @@ class Plan:
         batches: how many batches the mini-batch variance was measured on.
         skip_small: whether layers too small to pay were left alone.
         remarks: what else a reader has to know.
+        held: what makes up the bytes of `exact` and of `predicted`, by module and operation; none in a plan that was
+            written before these were noted.
     """
 
     budgets: Mapping[str, str | float]
@@ -97,6 +100,7 @@ class Plan:
     batches: int
     skip_small: bool = True
     remarks: tuple[str, ...] = ()
+    held: tuple[HeldPart, ...] = ()
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -204,6 +208,7 @@ class Plan:
             "batches": self.batches,
             "skip_small": self.skip_small,
             "remarks": list(self.remarks),
+            "held": [dataclasses.asdict(part) for part in self.held],
         }
 
     @classmethod
@@ -296,12 +301,29 @@ def _find_out_of_range(plan: Plan) -> str | None:
         value = getattr(plan, name)
         if not value >= least:
             return f"{name} is {value!r}, but is at least {least}"
+    wrong_bytes = _find_wrong_bytes(plan)
+    if wrong_bytes is not None:
+        return wrong_bytes
     names = [layer.name for layer in plan.layers]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         return f"layer {twice!r} stands there twice"
     stray = next((layer for layer in plan.layers if layer.drawn_at not in (None, *names)), None)
     return f"layer {stray.name!r} is drawn at {stray.drawn_at!r}, which is no layer of it" if stray else None
+
+
+def _find_wrong_bytes(plan: Plan) -> str | None:
+    """Return which parts hold no possible number of bytes, or not those of the whole step together."""
+    for position, part in enumerate(plan.held):
+        if min(part.exact_bytes, part.planned_bytes) < 0:
+            return f"held[{position}] is {part}, but bytes are at least 0"
+    for name, whole, parts in (
+        ("exact", plan.exact.saved_bytes, [part.exact_bytes for part in plan.held]),
+        ("predicted", plan.predicted.saved_bytes, [part.planned_bytes for part in plan.held]),
+    ):
+        if parts and sum(parts) != whole:
+            return f"{name}.saved_bytes is {whole!r}, but the parts in held have {sum(parts)} bytes"
+    return None
 
 
 def _build(data: Mapping[str, Any]) -> Plan:
@@ -313,6 +335,7 @@ def _build(data: Mapping[str, Any]) -> Plan:
         predicted=PlanFigures(**data["predicted"]),
         layers=tuple(_build_layer(layer) for layer in _entries(data, "layers")),
         remarks=tuple(_entries(data, "remarks")),
+        held=tuple(HeldPart(**part) for part in _entries(data, "held")) if "held" in data else (),
         **{key: data[key] for key in plain},
     )
 

@@ -54,7 +54,11 @@ def collect_views(files: Sequence[RecordFile]) -> Views:
     for file in audits:
         held += _held_in_audit(file.record, file.label)
         sentences.append(f"{file.label}: {file.record.verdict()}")
-    sentences += [describe_plan(file.record, file.label) for file in files if isinstance(file.record, Plan)]
+    for file in files:
+        if isinstance(file.record, Plan):
+            held += _held_in_plan(file.record, file.label)
+            noise += _noise_in_plan(file.record, file.label)
+            sentences.append(describe_plan(file.record, file.label))
     return Views(tuple(held), tuple(noise), tuple(frontiers), tuple(sentences))
 
 
@@ -186,6 +190,34 @@ def _held_in_audit(audit: AuditReport, label: str) -> list[HeldGroup]:
     audited = column(label, ((layer.module, layer.held_bytes) for layer in audit.layers), audit.held_bytes, 1)
     note = "Of modules with parameters; what the others and the loss hold is in the sum only."
     return [HeldGroup(label, (exact, audited), note)]
+
+
+def _held_in_plan(plan: Plan, label: str) -> list[HeldGroup]:
+    """Put the planned step beside the exact one; both were counted while planning."""
+    if not plan.held:
+        return []
+
+    def column(name: str, held: Sequence[int], style: int) -> HeldColumn:
+        modules = _add_up((part.module, amount) for part, amount in zip(plan.held, held, strict=True))
+        operations = _add_up((part.operation, amount) for part, amount in zip(plan.held, held, strict=True))
+        return HeldColumn(name, modules, operations, sum(held), style)
+
+    exact = column("exact", [part.exact_bytes for part in plan.held], 0)
+    planned = column("planned", [part.planned_bytes for part in plan.held], 1)
+    return [HeldGroup(label, (exact, planned), f"Counted in one step of each kind while planning. {_BATCH_COUNTS}")]
+
+
+def _noise_in_plan(plan: Plan, label: str) -> list[NoiseGroup]:
+    if not plan.layers:
+        return []
+    layers = {layer.name or "(model)": Noise(noise_fraction=layer.noise_fraction) for layer in plan.layers}
+    total = Noise(noise_fraction=plan.predicted.noise_fraction)
+    column = NoiseColumn("planned", layers, total, style=1, modelled=True)
+    note = (
+        "What the sketches of each layer add to the gradient of all parameters, with all other layers exact. Together "
+        "they meet each other's noise, so that the whole is not their sum."
+    )
+    return [NoiseGroup(label, (column,), note, row="layer")]
 
 
 def _add_up(entries: Iterable[tuple[str, float]]) -> dict[str, float]:

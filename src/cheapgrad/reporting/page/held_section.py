@@ -52,10 +52,7 @@ def _write_part(
             largest[row] = max(largest.get(row, 0), amount)
     rows = sorted((row for row, amount in largest.items() if amount), key=lambda row: -largest[row])
     shown = rows[:_MOST_ROWS]
-    series = [
-        Series(column.label, tuple(read(column).get(row, 0) for row in shown), column.style, column.modelled)
-        for column in drawn
-    ]
+    series = [Series(column.label, tuple(read(column).get(row, 0) for row in shown), column.style) for column in drawn]
     title = f"{group.title}: bytes held by {what}"
     more = f"; {len(rows) - len(shown)} smaller ones are in the table only" if len(rows) > len(shown) else ""
     chart = draw_bars(name, title, f"bars, those that hold most first{more}", shown, series, format_bytes)
@@ -68,23 +65,17 @@ def _make_table(
     group: HeldGroup, name: str, what: str, rows: Sequence[str], read: Callable[[HeldColumn], Mapping[str, float]]
 ) -> Html:
     columns = [Column(what)]
-    columns += [Column(column.label, "modelled" if column.modelled else "measured") for column in group.columns]
+    columns += [Column(column.label, "measured") for column in group.columns]
     exact = group.columns[0].total_bytes
     cells = [
-        [head_cell("all"), *(number_cell(c.total_bytes, format_bytes, modelled=c.modelled) for c in group.columns)],
+        [head_cell("all"), *(number_cell(column.total_bytes, format_bytes) for column in group.columns)],
         [
             head_cell(f"all ÷ {group.columns[0].label}"),
-            *(
-                number_cell(c.total_bytes / exact if exact else None, format_share, modelled=c.modelled)
-                for c in group.columns
-            ),
+            *(number_cell(column.total_bytes / exact if exact else None, format_share) for column in group.columns),
         ],
     ]
     cells += [
-        [
-            head_cell(row),
-            *(number_cell(read(c).get(row, 0), format_bytes, modelled=c.modelled) for c in group.columns),
-        ]
+        [head_cell(row), *(number_cell(read(column).get(row, 0), format_bytes) for column in group.columns)]
         for row in rows
     ]
     return make_table(name, join(f"{group.title}: bytes held by {what}"), columns, cells)

@@ -1,7 +1,8 @@
-"""Variance against that of the mini-batch, and bias against what chance explains, layer by layer."""
+"""Variance against that of the mini-batch, and bias against what chance explains, by parameter or layer."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from cheapgrad.reporting.charts import Series, draw_dots
@@ -34,7 +35,7 @@ def write_variance_section(groups: Sequence[NoiseGroup]) -> Html:
 def write_bias_section(groups: Sequence[NoiseGroup]) -> Html:
     """Return the section on bias, or nothing where no gradient was tested."""
     audited = [
-        NoiseGroup(group.title, columns, group.note)
+        dataclasses.replace(group, columns=columns)
         for group in groups
         if (columns := tuple(column for column in group.columns if column.is_audited()))
     ]
@@ -58,7 +59,7 @@ def _write_variance(group: NoiseGroup, name: str) -> Html:
 
     guide = Guide("ω: added variance ÷ that of the mini-batch", lines=(1.0,))
     table = _make_table(group, name, "added variance ÷ that of the mini-batch (ω)", read, format_plain)
-    return _write_group(group, name, "variance by parameter", read, guide, table, logarithmic=True)
+    return _write_group(group, name, "variance", read, guide, table, logarithmic=True)
 
 
 def _write_relative_variance(group: NoiseGroup, name: str) -> Html:
@@ -69,7 +70,7 @@ def _write_relative_variance(group: NoiseGroup, name: str) -> Html:
 
     guide = Guide("added variance ÷ squared norm; that of the mini-batch is not recorded")
     table = _make_table(group, name, "added variance ÷ squared norm of the gradient", read, format_plain)
-    return _write_group(group, name, "variance by parameter", read, guide, table, logarithmic=True)
+    return _write_group(group, name, "variance", read, guide, table, logarithmic=True)
 
 
 def _write_bias(group: NoiseGroup, name: str) -> Html:
@@ -82,9 +83,7 @@ def _write_bias(group: NoiseGroup, name: str) -> Html:
         "largest |z|; shaded: what chance explains", bands=(bands[0], bands[-1])[: len(bands)] if bands else ()
     )
     table = _make_table(group, name, "largest z-score of the bias", read, format_z, tests=True)
-    return _write_group(
-        group, name, "largest z-score by parameter", read, guide, table, logarithmic=False, first=_LARGEST
-    )
+    return _write_group(group, name, "largest z-score", read, guide, table, logarithmic=False, first=_LARGEST)
 
 
 def _write_group(
@@ -111,10 +110,10 @@ def _write_group(
         )
         for column in group.columns
     ]
-    title = f"{group.title}: {what}"
+    title = f"{group.title}: {what} by {group.row}"
     names = len(group.names)
     left_out = names - len(rows) + 1
-    more = f"The {len(rows) - 1} largest of {names} parameters; the others are in the table." if left_out else ""
+    more = f"The {len(rows) - 1} largest of {names} {group.row}s; the others are in the table." if left_out else ""
     write = format_plain if logarithmic else format_z
     chart = draw_dots(
         name, title, f"dots; {guide.label}. {more}", rows, series, guide, logarithmic=logarithmic, write=write
@@ -151,7 +150,7 @@ def _make_table(
     *,
     tests: bool = False,
 ) -> Html:
-    columns = [Column("parameter")]
+    columns = [Column(group.row)]
     columns += [Column(column.label, "modelled" if column.modelled else "measured") for column in group.columns]
     first = _LARGEST if tests else _WHOLE
     rows = [[head_cell(first), *(_write_cell(column, column.total, read, write, tests) for column in group.columns)]]

@@ -1,4 +1,4 @@
-"""Plans: what each layer takes, and what the step costs then."""
+"""Plans: what each layer takes, and what the step costs then; bytes and noise by layer are among those of others."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Sequence
 
 from cheapgrad.cost.units import format_flops
 from cheapgrad.planning.record import Plan
-from cheapgrad.reporting.charts import Series, draw_bars
 from cheapgrad.reporting.figures import UNKNOWN, format_bytes, format_plain, format_share
 from cheapgrad.reporting.markup import Html, element
-from cheapgrad.reporting.page.tables import Column, head_cell, make_table, number_cell, pair, text_cell
+from cheapgrad.reporting.page.tables import Column, head_cell, make_table, number_cell, text_cell
 from cheapgrad.reporting.record_files import RecordFile
 from cheapgrad.sketch import AbstractStrategy
-
-_MOST_ROWS = 24
 
 
 def write_plan_section(files: Sequence[RecordFile]) -> Html:
@@ -30,24 +27,20 @@ def write_plan_section(files: Sequence[RecordFile]) -> Html:
 
 def describe_plan(plan: Plan, label: str) -> str:
     """Return what a plan promises, and whether a smaller batch would do better."""
+    planned, exact = plan.predicted, plan.exact
+    # Where parts are known, the sentence on bytes by module says it.
+    held = f"holds {format_bytes(planned.saved_bytes)} instead of {format_bytes(exact.saved_bytes)} and "
     return (
-        f"{label}: the plan holds {format_bytes(plan.predicted.saved_bytes)} instead of "
-        f"{format_bytes(plan.exact.saved_bytes)} and is predicted to add {plan.predicted.noise_fraction:.3g} of the "
+        f"{label}: the plan {'' if plan.held else held}is predicted to add {planned.noise_fraction:.3g} of the "
         f"mini-batch variance; {plan.advice}."
     )
 
 
 def _write_plan(plan: Plan, label: str, name: str) -> Html:
     asked = ", ".join(f"{budget} = {value}" for budget, value in plan.budgets.items()) or "nothing"
-    largest = sorted(plan.layers, key=lambda layer: -layer.noise_fraction)[:_MOST_ROWS]
-    shown = [layer for layer in plan.layers if layer in largest][:_MOST_ROWS]
-    series = Series("planned", tuple(layer.noise_fraction for layer in shown), style=1, modelled=True)
-    title = f"{label}: noise that each layer adds, ÷ variance of the mini-batch"
-    chart = draw_bars(name, title, "hollow bars: modelled", [layer.name for layer in shown], [series], format_plain)
-    more = f"The {len(shown)} largest of {len(plan.layers)}." if len(shown) < len(plan.layers) else ""
     rows = [
         [
-            head_cell(layer.name),
+            head_cell(layer.name or "(model)"),
             text_cell(_write_strategy(layer.stored)),
             text_cell(_write_strategy(layer.cotangent)),
             number_cell(layer.noise_fraction, format_plain, modelled=True),
@@ -60,11 +53,7 @@ def _write_plan(plan: Plan, label: str, name: str) -> Html:
         element("h3", label),
         element("p", "; ".join([f"Asked for: {asked}", *plan.remarks])),
         _write_totals(plan, label, name),
-        pair(
-            chart,
-            make_table(f"{name}-layers", f"{label}: layer by layer", columns, rows),
-            element("p", title, ". ", more),
-        ),
+        make_table(f"{name}-layers", f"{label}: layer by layer", columns, rows),
         class_="group",
     )
 

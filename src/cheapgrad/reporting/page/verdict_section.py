@@ -76,9 +76,8 @@ def _on_bytes(group: HeldGroup) -> str:
     first, *others = group.columns
     least = min(others, key=lambda column: column.total_bytes)
     share = f", {least.total_bytes / first.total_bytes:.2f} of it" if first.total_bytes else ""
-    how = "is predicted to hold" if least.modelled else "holds"
     return (
-        f"{group.title}: {first.label} holds {format_bytes(first.total_bytes)} for backward, {least.label} {how} "
+        f"{group.title}: {first.label} holds {format_bytes(first.total_bytes)} for backward, {least.label} holds "
         f"{format_bytes(least.total_bytes)}{share}."
     )
 

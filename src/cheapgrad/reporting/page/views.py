@@ -10,7 +10,7 @@ from cheapgrad.reporting.records import MethodRecord
 
 @dataclass(frozen=True)
 class HeldColumn:
-    """What one way of running a step holds for backward.
+    """What one way of running a step holds for backward, counted in a step.
 
     Attributes:
         label: name for people.
@@ -18,7 +18,6 @@ class HeldColumn:
         operations: bytes by operation, over all modules.
         total_bytes: of the whole step.
         style: number of its colour and shape.
-        modelled: whether a plan predicts them; else they were counted.
     """
 
     label: str
@@ -26,7 +25,6 @@ class HeldColumn:
     operations: Mapping[str, float]
     total_bytes: float
     style: int = 0
-    modelled: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class NoiseColumn:
         band: largest z-score that chance explains.
         unbiased: whether no z-score lies beyond; None where nothing was tested.
         style: number of its colour and shape.
-        modelled: whether a law or a plan predicts the figures; else they were measured.
+        modelled: whether a plan predicts the figures; else they were measured.
     """
 
     label: str
@@ -98,11 +96,13 @@ class NoiseGroup:
         title: of the model or the files.
         columns: the gradients.
         note: what the reader has to know.
+        row: what a row is of: a parameter's own noise, or what a layer adds to all parameters.
     """
 
     title: str
     columns: tuple[NoiseColumn, ...]
     note: str = ""
+    row: str = "parameter"
 
     @property
     def names(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Two gloo processes choose the same budgets."""
+"""Two gloo processes choose the same budgets, and keep the noise of their mean gradient."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 from tests.two_processes import run_two_processes
 
 
-def test_two_processes_choose_the_same_budgets(tmp_path: Path) -> None:
+def test_two_processes_choose_the_same_budgets_and_keep_the_noise(tmp_path: Path) -> None:
     run_two_processes("tests.planning.distributed_worker", tmp_path / "store")

@@ -13,12 +13,12 @@ from cheapgrad.errors import ControlError
 from cheapgrad.planning.controller import Controller
 from cheapgrad.planning.controller_curve import KEEPS
 from cheapgrad.planning.controller_law import NoiseSchedule, find_shift
-from tests.planning.test_controller import _batch, _loss, _setup, _step
+from tests.planning.controlled import make_batch, mean_loss, run_step, set_up
 
 
 def test_states_of_other_arguments_are_refused_with_both_values() -> None:
-    _, _, saved = _setup(noise=0.05, every=32)
-    _, _, other = _setup(noise=0.3, every=8, seed=5, least_keep=0.4)
+    _, _, saved = set_up(noise=0.05, every=32)
+    _, _, other = set_up(noise=0.3, every=8, seed=5, least_keep=0.4)
     text = "noise=0.05, every=32, least_keep=0.05, seed=0, but this one has noise=0.3, every=8, least_keep=0.4, seed=5"
     with pytest.raises(ControlError, match=text):
         other.load_state_dict(saved.state_dict())
@@ -26,38 +26,38 @@ def test_states_of_other_arguments_are_refused_with_both_values() -> None:
 
 
 def test_states_of_other_schedules_are_refused() -> None:
-    _, _, saved = _setup(noise=NoiseSchedule(0.3, 0.02, 100))
-    _, _, same = _setup(noise=NoiseSchedule(0.3, 0.02, 100))
+    _, _, saved = set_up(noise=NoiseSchedule(0.3, 0.02, 100))
+    _, _, same = set_up(noise=NoiseSchedule(0.3, 0.02, 100))
     same.load_state_dict(saved.state_dict())
     for noise in (NoiseSchedule(0.3, 0.02, 50), 0.3):
-        _, _, other = _setup(noise=noise)
+        _, _, other = set_up(noise=noise)
         with pytest.raises(ControlError, match=r"'steps': 100}, but this one has noise="):
             other.load_state_dict(saved.state_dict())
 
 
 def test_there_is_a_record_after_each_trial_and_after_no_other_look() -> None:
-    model, _, controller = _setup(noise=0.1, every=2)
+    model, _, controller = set_up(noise=0.1, every=2)
     generator = torch.Generator().manual_seed(9)
     for _ in range(60):
-        _step(model, controller, generator)
+        run_step(model, controller, generator)
     # At each of the first eight steps, then at every second one; layers are looked at in between.
     assert [record.step for record in controller.history] == [*range(8), *range(8, 60, 2)]
     assert len(controller.state_dict()["history"]) == 34
 
 
 def _step_on_nan(model: nn.Module, controller: Controller, generator: torch.Generator) -> None:
-    x, direction = _batch(generator)
+    x, direction = make_batch(generator)
     direction[3, 2] = math.nan
-    _loss(model, (x, direction)).backward()
+    mean_loss(model, (x, direction)).backward()
     controller.step()
 
 
 @pytest.mark.parametrize(("step", "look"), [(4, "HALVES"), (9, "LAYERS"), (193, "CURVES")])
 def test_a_gradient_that_is_not_finite_is_left_out_and_said(step: int, look: str) -> None:
-    model, _, controller = _setup(noise=0.1)
+    model, _, controller = set_up(noise=0.1)
     generator = torch.Generator().manual_seed(10)
     for _ in range(min(step, 12)):
-        _step(model, controller, generator)
+        run_step(model, controller, generator)
     controller.load_state_dict({**controller.state_dict(), "step": step})
     assert controller._trial is not None
     assert controller._trial.look.name == look
@@ -67,12 +67,12 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_said(step: int, look: str
     assert controller.obstacle == "the gradient is not finite"
     assert (controller.keeps, controller.noise) == (keeps, noise)
     assert all(torch.equal(curve, curves[layer]) for layer, curve in controller.state_dict()["curves"].items())
-    _step(model, controller, generator)
+    run_step(model, controller, generator)
     assert controller.obstacle == ""
 
 
 def test_gradients_that_stay_not_finite_are_an_error() -> None:
-    model, _, controller = _setup()
+    model, _, controller = set_up()
     generator = torch.Generator().manual_seed(11)
     _step_on_nan(model, controller, generator)
     _step_on_nan(model, controller, generator)
@@ -130,13 +130,13 @@ def _plain(value: Any) -> Any:
 
 
 def test_damaged_states_are_named_and_nothing_of_them_is_loaded() -> None:
-    model, handle, controller = _setup(noise=0.1)
+    model, handle, controller = set_up(noise=0.1)
     generator = torch.Generator().manual_seed(12)
     for _ in range(10):
-        _step(model, controller, generator)
+        run_step(model, controller, generator)
     saved = controller.state_dict()
     for _ in range(4):
-        _step(model, controller, generator)
+        run_step(model, controller, generator)
     before, trial, in_force = _plain(controller.state_dict()), controller._trial, handle.strategies()
     for case, (state, text) in _damaged(saved).items():
         with pytest.raises(ControlError, match=text):
@@ -144,13 +144,13 @@ def test_damaged_states_are_named_and_nothing_of_them_is_loaded() -> None:
         assert _plain(controller.state_dict()) == before, case
         assert controller._trial is trial, case
         assert all(handle.strategies()[name] is value for name, value in in_force.items()), case
-    _step(model, controller, generator)
+    run_step(model, controller, generator)
     controller.load_state_dict(saved)
     assert controller.state_dict()["step"] == 10
 
 
 @pytest.mark.parametrize("state", [None, 3, [], "state"])
 def test_what_is_no_state_is_named(state: Any) -> None:
-    _, _, controller = _setup()
+    _, _, controller = set_up()
     with pytest.raises(ControlError, match=f"this is no state of a controller, but a {type(state).__name__}"):
         controller.load_state_dict(state)

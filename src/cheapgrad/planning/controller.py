@@ -310,7 +310,7 @@ class Controller:
             self._totals = self._totals * (1 - 1 / _CALIBRATION_TRIALS) + totals
             self._curves = self._without_followers(self._curves)
             self._layers = self._without_followers(self._layers)
-        self._add_layers(layers, compares)
+        self._add_layers(layers, compares, float(totals[0]))
         self._add_curves(curves)
         used = self._noise_at(self._shift)
         self._shift = self._find_shift(self._usual_target())
@@ -321,9 +321,9 @@ class Controller:
     def _without_followers(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         return {layer: value for layer, value in found.items() if layer not in self._followers}
 
-    def _add_layers(self, layers: dict[str, Tensor], compares: bool) -> None:
-        """Add the layers' own noise; where no example kept all rows, it is relative to noisy gradients."""
-        total = self.calibration * sum(float(pair[0]) for pair in layers.values())
+    def _add_layers(self, layers: dict[str, Tensor], compares: bool, passes: float) -> None:
+        """Add the layers' own noise, summed over passes; where no example kept all rows, gradients had noise too."""
+        total = self.calibration * sum(float(pair[0]) for pair in layers.values()) / max(passes, 1.0)
         scale = 1.0 if compares else 1 / (1 - min(total, 0.8))
         kept = 1 - 1 / _LAYER_LOOKS
         for layer, pair in layers.items():

@@ -13,7 +13,7 @@ from cheapgrad.planning.controller_gradients import Factors, at_least_single
 from cheapgrad.sketch.budget import count_kept
 from cheapgrad.sketch.water_filling import minimum_variance, water_filling
 
-#: Names of the numbers that a comparison of halves adds up, in the order of `HalvesPass.totals`.
+#: Names of the numbers that passes add up, in the order of `AbstractPass.totals`; all but the first are of halves.
 TOTALS = ("passes", "gain", "predicted_gain", "exact", "mean", "shared", "predicted_noise")
 # Pairs of examples whose gradients are measured in a pass.
 _MOST_PAIRS = 32
@@ -70,7 +70,9 @@ class AbstractPass(abc.ABC):
 
     def totals(self) -> Tensor:
         """Return the pass's share of `TOTALS`."""
-        return torch.zeros(len(TOTALS), dtype=torch.float64)
+        totals = torch.zeros(len(TOTALS), dtype=torch.float64)
+        totals[0] = 1.0
+        return totals
 
     def _see_scores(self, layer: str, scores: Tensor) -> None:
         self.curves[layer] = self.curves.get(layer, 0) + draw_curve(scores)

@@ -41,7 +41,7 @@ class Trial:
         layers: whose draws are looked at; None for all.
 
     Attributes:
-        totals: `TOTALS`, summed over the passes; see `HalvesPass`.
+        totals: `TOTALS`, summed over the passes whose layers were looked at.
         curves: for each layer its draw's variance at `KEEPS` and the squared norm of its cotangent, summed.
         layers: for each layer the noise of its draw in its weights' gradients relative to all, and in its cotangent.
         followers: layers whose draws add no noise of their own; see `HalvesPass`.

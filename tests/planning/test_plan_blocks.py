@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 import cheapgrad
 from cheapgrad import recipes
 from cheapgrad.cost import measure_held_bytes
-from cheapgrad.errors import UnreachableBudgetError
+from cheapgrad.errors import PlanWarning, UnreachableBudgetError
 from cheapgrad.planning import Plan
 from cheapgrad.planning.regions import find_regions
 from cheapgrad.sketch import StochasticRounding
@@ -104,11 +106,42 @@ def test_plan_of_blocks_goes_through_json_and_names_its_layers() -> None:
     by_name = {layer.name: layer for layer in plan.layers}
     assert isinstance(by_name["blocks.0.norm1"].stored, StochasticRounding)
     assert by_name["blocks.0.qkv"].recompute
+    assert by_name["blocks.0.norm1"].module == "LayerNorm(weight [32], bias [32])"
     # A plan that was written before blocks were planned for has no such entry.
     data = plan.to_dict()
     for layer in data["layers"]:
         del layer["recompute"]
     assert not any(layer.recompute for layer in Plan.from_dict(data).layers)
+
+
+def make_torch_transformer(width: int = 32) -> nn.Module:
+    torch.manual_seed(7)
+    layer = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, activation="gelu", batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return nn.Sequential(nn.Linear(12, width), encoder, nn.Flatten(), nn.Linear(6 * width, 5)).double().train()
+
+
+@pytest.mark.parametrize("make", [make_vit, make_torch_transformer])
+def test_plan_of_blocks_is_carried_out_on_its_own_model_without_a_warning(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    plan = make_plan(model, make_batches((6, 12), 2), memory="45 %")
+    assert any(layer.recompute for layer in plan.layers)
+    assert all(layer.module for layer in plan.layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PlanWarning)
+        cheapgrad.approximate(model, plan).revert()
+        # Planned for once, converted in another process.
+        cheapgrad.approximate(make(), Plan.from_json(plan.to_json()))
+
+
+def test_plan_of_blocks_for_another_width_is_carried_out_with_a_warning() -> None:
+    plan = make_plan(make_torch_transformer(), make_batches((6, 12), 2), memory="45 %")
+    narrow = make_torch_transformer(16)
+    norm = "layer '1.layers.1.norm1' is LayerNorm(weight [16], bias [16]), and was LayerNorm(weight [32], bias [32])"
+    assert len(plan.find_differences(narrow)) == len(plan.layers)
+    assert any(difference.startswith(norm) for difference in plan.find_differences(narrow))
+    with pytest.warns(PlanWarning, match=r"'1.layers.0.self_attn' is MultiheadAttention\(in_proj_weight \[48, 16\]"):
+        cheapgrad.approximate(narrow, plan)
 
 
 def test_rules_of_the_user_keep_blocks_out() -> None:

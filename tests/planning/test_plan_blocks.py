@@ -144,6 +144,16 @@ def test_plan_of_blocks_for_another_width_is_carried_out_with_a_warning() -> Non
         cheapgrad.approximate(narrow, plan)
 
 
+def test_plan_of_a_wrapped_model_is_that_of_the_model_inside() -> None:
+    batches = make_batches((6, 12), 2)
+    plan = make_plan(make_vit(), batches, memory="45 %")
+    wrapped = nn.DataParallel(make_vit())
+    again = make_plan(wrapped, batches, memory="45 %")
+    assert again == plan
+    cheapgrad.approximate(wrapped, again)
+    assert held_bytes(wrapped, batches[0]) == plan.predicted.saved_bytes
+
+
 def test_rules_of_the_user_keep_blocks_out() -> None:
     model, batches = make_vit(), make_batches((6, 12), 2)
     codes = [cheapgrad.Rule(nn.Linear, stored=StochasticRounding(bits)) for bits in (8, 4, 2)]

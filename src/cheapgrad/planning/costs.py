@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from cheapgrad.convert import Rule, approximate
+from cheapgrad.convert.wrappers import unwrap
 from cheapgrad.cost import CostReport, scan
 from cheapgrad.planning.passes import LossFunction, Step
 from cheapgrad.seeding import keep_torch_states, seed_torch
@@ -46,9 +48,26 @@ def count_costs(step: Step, batch: Any) -> CostReport:
     put_back = keep_torch_states()
     try:
         seed_torch(step.seed)
-        return scan(_Whole(step.model, step.loss_fn), batch)
+        return _leave_out_wrappers(scan(_Whole(step.model, step.loss_fn), batch), step.model)
     finally:
         put_back()
+
+
+def _leave_out_wrappers(report: CostReport, model: nn.Module) -> CostReport:
+    """Return the ledger with the names that modules have inside wrappers, as rules and plans name them."""
+    inner = unwrap(model)
+    path = next(name for name, module in model.named_modules() if module is inner)
+    wrapped = f"model.{path}"
+
+    def rename(name: str) -> str:
+        is_inside = path and (name == wrapped or name.startswith(f"{wrapped}."))
+        return f"model{name.removeprefix(wrapped)}" if is_inside else name
+
+    return dataclasses.replace(
+        report,
+        rows=tuple(dataclasses.replace(row, name=rename(row.name)) for row in report.rows),
+        operations=tuple(dataclasses.replace(cost, module=rename(cost.module)) for cost in report.operations),
+    )
 
 
 def count_planned_costs(step: Step, batch: Any, rules: Sequence[Rule], skip_small: bool) -> CostReport:

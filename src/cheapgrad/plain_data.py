@@ -93,6 +93,6 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise RecordError(f"{where} must be of type {hint.__name__}, but is {describe_value(value)}")
-    if hint is int and value < 0:
+    if hint is int and int(value) < 0:
         raise RecordError(f"{where} must be at least 0, but is {value}")
     return value

@@ -64,6 +64,5 @@ def test_no_more_variance_than_a_draw_per_layer(keep, monkeypatch):
     apart = errors()
     difference = chained.mean() - apart.mean()
     error = ((chained.var() + apart.var()) / DRAWS).sqrt()
-    print(f"keep {keep}: chain {chained.mean():.4f}, per layer {apart.mean():.4f}, difference ± {error:.4f}")
     assert error < 0.05 * apart.mean(), "inconclusive"
     assert difference < 3 * error

@@ -280,6 +280,13 @@ def test_bytes_held(activation, bytes_per_row):
     assert held.total_bytes == 32 * bytes_per_row
 
 
+@pytest.mark.parametrize("activation", ALL, ids=named)
+def test_what_pytorch_holds_is_stated(activation):
+    x = inputs(32, 128, dtype=torch.float32).requires_grad_()
+    held = measure_held_bytes(lambda: stock(activation, x))
+    assert held.total_bytes == activation.stock_tensors("cpu") * x.numel() * x.element_size()
+
+
 def test_nothing_is_kept_where_no_gradient_is_needed():
     x = inputs(4, 8)
     assert not sketched_activation(x, Activation("gelu"), FOUR_BITS).requires_grad

@@ -28,6 +28,7 @@ class Smooth:
         interval: options to (lowest slope, highest slope, a slope that many entries have).
         reads_output: whether `backward` reads the output instead of x.
         defaults: options and their values.
+        stock_tensors: how many tensors of the size of x PyTorch's graph holds, on a CPU and elsewhere.
     """
 
     forward: Callable[[Tensor, Options], Tensor]
@@ -35,6 +36,7 @@ class Smooth:
     interval: Callable[[Options], tuple[float, float, float]]
     reads_output: bool = False
     defaults: Mapping[str, Any] | None = None
+    stock_tensors: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,14 @@ SMOOTH: dict[str, Smooth] = {
         _gelu_written_out,
         lambda grad, x, options: aten.gelu_backward(grad, x, approximate="tanh"),
         lambda options: _GELU_TANH,
+        stock_tensors=(4, 4),
     ),
     # x sigmoid(1.702 x) = silu(1.702 x) / 1.702.
     "quick_gelu": Smooth(
         lambda x, options: x * torch.sigmoid(1.702 * x),
         lambda grad, x, options: aten.silu_backward(grad, 1.702 * x),
         lambda options: (-0.0998394, 1.0998394, 1.0),
+        stock_tensors=(2, 2),
     ),
     "silu": Smooth(
         lambda x, options: functional.silu(x),
@@ -136,9 +140,17 @@ SMOOTH: dict[str, Smooth] = {
         defaults={"beta": 1.0, "threshold": 20.0},
     ),
     "log_sigmoid": Smooth(
-        lambda x, options: functional.logsigmoid(x), _log_sigmoid_backward, lambda options: (0.0, 1.0, 1.0)
+        lambda x, options: functional.logsigmoid(x),
+        _log_sigmoid_backward,
+        lambda options: (0.0, 1.0, 1.0),
+        stock_tensors=(2, 1),
     ),
-    "softsign": Smooth(lambda x, options: functional.softsign(x), _softsign_backward, lambda options: (0.0, 1.0, 1.0)),
+    "softsign": Smooth(
+        lambda x, options: functional.softsign(x),
+        _softsign_backward,
+        lambda options: (0.0, 1.0, 1.0),
+        stock_tensors=(2, 2),
+    ),
     "tanhshrink": Smooth(
         lambda x, options: functional.tanhshrink(x),
         lambda grad, x, options: grad - aten.tanh_backward(grad, torch.tanh(x)),

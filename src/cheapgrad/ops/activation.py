@@ -81,6 +81,16 @@ class Activation:
         """Whether the slope is computed from the output instead of the input."""
         return self.name in SMOOTH and SMOOTH[self.name].reads_output
 
+    def stock_tensors(self, device_type: str) -> int:
+        """Return how many tensors of the input's size PyTorch holds for its own backward pass.
+
+        Args:
+            device_type: where, e.g. ``"cpu"``.
+        """
+        entry = self._entry
+        on_cpu, elsewhere = entry.stock_tensors if isinstance(entry, Smooth) else (1, 1)
+        return on_cpu if device_type == "cpu" else elsewhere
+
     def forward(self, x: Tensor) -> Tensor:
         """Return ``f(x)``, bit for bit as PyTorch does."""
         return self._entry.forward(x, self._arguments)

@@ -120,17 +120,15 @@ def norm_saved_bytes(strategy: AbstractStrategy | None, moment: Moment, shape: R
     return norm_codes_bytes(strategy, shape.rows, shape.features, shape.root_bytes)
 
 
-def activation_shape(module: Any, x: Tensor, output: Tensor) -> RowShape:
-    """Return the sizes of one use of an activation."""
-    features = features_of(x.shape)
-    stock_bytes = _count_stock_tensors(module, x) * x.numel() * x.element_size()
-    return RowShape(x.numel() // max(features, 1), features, stock_bytes, wants_input=x.requires_grad)
+def activation_shape(name: str) -> Callable[[Any, Tensor, Tensor], RowShape]:
+    """Return what tells the sizes of one use of an activation of that name from module, input and output."""
 
+    def shape(module: Any, x: Tensor, output: Tensor) -> RowShape:
+        features = features_of(x.shape)
+        stock_bytes = Activation(name).stock_tensors(x.device.type) * x.numel() * x.element_size()
+        return RowShape(x.numel() // max(features, 1), features, stock_bytes, wants_input=x.requires_grad)
 
-def _count_stock_tensors(module: Any, x: Tensor) -> int:
-    """Return how many tensors of the input's size PyTorch holds for an activation."""
-    holds_two = isinstance(module, nn.Softsign) or (isinstance(module, nn.LogSigmoid) and x.device.type == "cpu")
-    return 2 if holds_two else 1
+    return shape
 
 
 def activation_bytes(name: str) -> Callable[[AbstractStrategy | None, Moment, RowShape], float]:
@@ -199,7 +197,7 @@ def _activation_kind(stock: type[nn.Module], name: str, options: tuple[str, ...]
     return row_wise_kind(
         stock,
         _run_activation(stock, activation_of),
-        shape=activation_shape,
+        shape=activation_shape(name),
         saved_bytes=activation_bytes(name),
         variance=variance_by(lambda module, codec: slope_law(activation_of(module), codec)),
         draws_codes=Activation(name).slope_kind == "smooth",

@@ -48,7 +48,7 @@ def _kind(name: str, activation: Activation) -> LayerKind:
     kind = row_wise_kind(
         nn.Module,
         functools.partial(_run, activation),
-        shape=activation_shape,
+        shape=activation_shape(activation.name),
         saved_bytes=activation_bytes(activation.name),
         variance=variance_by(lambda module, codec: slope_law(activation, codec)),
     )

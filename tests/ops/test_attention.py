@@ -13,9 +13,10 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from cheapgrad import Rule, approximate
+from cheapgrad.convert.kinds import LayerUse, kind_of
 from cheapgrad.cost import measure_held_bytes
 from cheapgrad.errors import NoEffectWarning
-from cheapgrad.sketch import ExampleSample, RowProjection, RowSample, StochasticRounding, Uniform
+from cheapgrad.sketch import ExampleSample, Moment, RowProjection, RowSample, StochasticRounding, Uniform
 from cheapgrad.sketch._row_sampling import AbstractRowSampling
 from cheapgrad.sketch.selection import Selection
 from tests.ops.chains.networks import choose_all_rows
@@ -365,6 +366,13 @@ def test_autocast():
     assert torch.equal(*outputs)
     outputs[1].sum().backward()
     assert ours.in_proj_weight.grad.dtype == torch.float32
+
+
+def test_no_variance_can_be_read_where_no_law_gives_it():
+    module, (x, *_) = build()
+    for kind, name in ((kind_of(type(module)), "MultiheadAttention"), (kind_of(nn.ReLU), "ReLU")):
+        with pytest.raises(RuntimeError, match=rf"variance of RowSample\(keep=0.5\) as cotangent in {name}"):
+            kind.predict_variance(module, RowSample(0.5), Moment.COTANGENT, LayerUse(x, x, True), None)
 
 
 def test_pickled_and_predicted():

@@ -71,7 +71,7 @@ def predict_variances(module: SketchedLayer, gradients: dict[int, Tensor]) -> di
 
 def why_unpredicted(conversion: Conversion) -> str:
     """Return why no law gives the variance of a layer from its own tensors, or an empty string."""
-    if not conversion.kind.is_probed:
+    if conversion.kind.variance is None:
         return (
             "the projections of an attention have inputs and cotangents of their own, which nobody sees from outside; "
             "the law of a linear layer holds for each"
@@ -92,13 +92,13 @@ def _variance_of_use(module: SketchedLayer, use: LayerUse) -> Variance:
     kind, plan = module._cheapgrad.kind, module._cheapgrad.plan
     of_stored = of_cotangent = None
     if plan.cotangent is not None:
-        of_cotangent = kind.variance(module, plan.cotangent, Moment.COTANGENT, use, plan.cotangent_memory)
+        of_cotangent = kind.predict_variance(module, plan.cotangent, Moment.COTANGENT, use, plan.cotangent_memory)
         if isinstance(plan.cotangent, _ROW_SKETCHES) and isinstance(plan.stored, _ROW_SKETCHES):
             # Rows that are sketched in what is stored are not sketched again for dW.
             of_cotangent = Variance(of_cotangent.input, torch.zeros_like(of_cotangent.weight))
     if plan.stored is not None:
         uses = [use] if of_cotangent is None or not of_cotangent.weight.any() else _drawn_uses(kind, plan, use)
-        each = [kind.variance(module, plan.stored, Moment.STORED, drawn, plan.stored_memory) for drawn in uses]
+        each = [kind.predict_variance(module, plan.stored, Moment.STORED, drawn, plan.stored_memory) for drawn in uses]
         of_stored = Variance(each[0].input, torch.stack([variance.weight for variance in each]).mean())
     if of_stored is None or of_cotangent is None:
         return of_stored or of_cotangent  # type: ignore[return-value] - a plan has at least one of the two

@@ -161,7 +161,7 @@ def _run_probed(module: SketchedLayer, conversion: Conversion, *args: Any, **kwa
     probe, x = conversion.probe, args[0]
     if probe is None:
         raise RuntimeError("only a layer that is being probed runs this")
-    if not conversion.kind.is_probed:
+    if conversion.kind.variance is None:
         return conversion.original_class.forward(module, *args, **kwargs)
     wants_input = x.requires_grad
     if wants_input:

@@ -163,7 +163,8 @@ def _input_noise(call: Call, strategy: AbstractStrategy) -> Noise:
     if isinstance(strategy, StochasticRounding) and not call.is_matrix and call.module.groups == 1:
         return Noise(own=_rounded_image_noise(call, strategy))
     kind = call.kind
-    return Noise(own=float(kind.variance(call.module, strategy, Moment.STORED, call.use, strategy.new_memory()).weight))
+    found = kind.predict_variance(call.module, strategy, Moment.STORED, call.use, strategy.new_memory())
+    return Noise(own=float(found.weight))
 
 
 def _energy(call: Call, scale: Tensor | None) -> float:

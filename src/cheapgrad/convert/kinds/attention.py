@@ -11,10 +11,9 @@ from cheapgrad.convert.kinds.layer_kind import LayerKind, runs_stock_forward
 from cheapgrad.convert.kinds.products import why_not_product
 from cheapgrad.ops.attention import AttentionOptions, AttentionWeights, multihead_attention
 from cheapgrad.ops.plan import Plan
-from cheapgrad.sketch import AbstractStrategy, LayerShape, Moment, Variance
+from cheapgrad.sketch import AbstractStrategy, LayerShape, Moment
 from cheapgrad.sketch.law import dense_bytes, dense_flops
 
-_ZERO = torch.zeros((), dtype=torch.float64)
 # Sizes of the projections: of queries, of keys, of values, and of the output.
 _Shapes = tuple[LayerShape, ...]
 
@@ -121,12 +120,12 @@ ATTENTION = LayerKind(
     shape=_shapes,
     flops=_flops,
     saved_bytes=_saved_bytes,
-    variance=lambda module, strategy, moment, use, memory: Variance(_ZERO, _ZERO),
+    # Its projections have inputs and cotangents of their own.
+    variance=None,
     cotangent_rows=lambda cotangent: cotangent.reshape(-1, cotangent.shape[-1]),
     cotangent_like=lambda rows_NO, cotangent: rows_NO.view(cotangent.shape),
     why_not=_why_not,
     least_weights={Moment.STORED: 128 * 128, Moment.COTANGENT: 128 * 128},
     input_name="query",
     weights=lambda module: module.embed_dim**2,
-    is_probed=False,
 )

@@ -44,7 +44,8 @@ class LayerKind:
         shape: (module, input, output) to the sizes that costs are functions of.
         flops: (strategy or None for exact, moment, sizes) to the FLOPs of dX and dW.
         saved_bytes: (strategy or None for exact, moment, sizes) to the bytes held in place of X.
-        variance: ``(module, strategy, moment, use, memory) -> Variance`` for one use of the layer.
+        variance: ``(module, strategy, moment, use, memory) -> Variance`` for one use of the layer, which
+            `predict_variance` reads; None where it does not follow from one input and one cotangent.
         why_not: ``(module, strategy, moment) -> `` the reason why a strategy has no meaning for the module, or "".
         cotangent_rows: ``(cotangent) -> [N, O]``, the matrix that strategies sketch.
         cotangent_like: ``([N, O], cotangent) -> `` a stand-in in the cotangent's shape.
@@ -52,7 +53,6 @@ class LayerKind:
         slow_cotangents: strategies that are unbiased for the cotangent but save no time here.
         least_weights: layers with fewer weights are too small to pay, by moment.
         weights: how many numbers its products multiply with; None where `weight` holds them.
-        is_probed: whether its variance can be predicted from one input and one output.
         row_wise: whether it has no products to save and matters only as a stage of a chain.
         draws_codes: whether a forward pass that stores draws besides what the stock forward draws.
     """
@@ -64,7 +64,7 @@ class LayerKind:
     shape: Callable[[Any, Tensor, Tensor], Any]
     flops: Callable[[AbstractStrategy | None, Moment, Any], float]
     saved_bytes: Callable[[AbstractStrategy | None, Moment, Any], float]
-    variance: Callable[[Any, AbstractStrategy, Moment, LayerUse, Any], Variance]
+    variance: Callable[[Any, AbstractStrategy, Moment, LayerUse, Any], Variance] | None
     why_not: Callable[[nn.Module, AbstractStrategy, Moment], str]
     cotangent_rows: Callable[[Tensor], Tensor]
     cotangent_like: Callable[[Tensor, Tensor], Tensor]
@@ -72,9 +72,31 @@ class LayerKind:
     input_name: str = "input"
     slow_cotangents: tuple[type[AbstractStrategy], ...] = ()
     weights: Callable[[Any], int] | None = None
-    is_probed: bool = True
     row_wise: bool = False
     draws_codes: bool = True
+
+    def predict_variance(
+        self, module: nn.Module, strategy: AbstractStrategy, moment: Moment, use: LayerUse, memory: Any
+    ) -> Variance:
+        """Return the variance of one use of a layer, by the law of its kind.
+
+        Args:
+            module: the layer.
+            strategy: what is sketched.
+            moment: where.
+            use: the tensors of the use.
+            memory: what the strategy remembers between steps.
+
+        Raises:
+            RuntimeError: no law gives it; a zero would be read as "exact".
+        """
+        # Of a row-wise layer rows are drawn at the end of its chain, by another cotangent than its own.
+        if self.variance is None or (self.row_wise and moment is Moment.COTANGENT):
+            raise RuntimeError(
+                f"no law gives the variance of {strategy!r} as {moment.value} in {self.name} from one input and one "
+                "cotangent; cheapgrad.audit measures it"
+            )
+        return self.variance(module, strategy, moment, use, memory)
 
 
 # What a stock forward calls on its own module: a subclass that overrides one of these has another forward.

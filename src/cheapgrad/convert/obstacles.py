@@ -23,8 +23,6 @@ def find_obstacle(module: nn.Module) -> str:
         return "unsupported: its weight has no shape yet; run one batch, then convert"
     if is_parametrized(module):
         return "unsupported: its weight is parametrized; convert first, then register the parametrization"
-    if getattr(module, "inplace", False) and type(module).__name__.endswith("Dropout"):
-        return "unsupported: it overwrites its input; eager chains pass through the stock module"
     names = ("weight", "in_proj_weight", "q_proj_weight")
     weight = next((found for found in (getattr(module, name, None) for name in names) if found is not None), None)
     if weight is None and not any(True for _ in module.parameters()):

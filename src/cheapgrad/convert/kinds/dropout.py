@@ -69,6 +69,9 @@ def _saved_bytes(strategy: AbstractStrategy | None, moment: Moment, shape: Dropo
 
 
 def _why_not(module: Any, strategy: AbstractStrategy, moment: Moment) -> str:
+    if module.inplace:
+        name = type(module).__name__
+        return f"unsupported: it overwrites its input, and chains end at it; {name}(inplace=False) is reached"
     if not 0 < module.p < 1:
         return f"no mask is held for a chance of {module.p:g}"
     check = why_not_row_wise if isinstance(module, nn.Dropout) else why_not_codes

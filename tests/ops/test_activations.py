@@ -177,6 +177,43 @@ def test_every_outcome_of_a_row_makes_up_the_gradient_and_the_stated_variance(ac
     assert_mean_and_variance(chances, drawn, exact, predicted_variance(activation, x, grad, bits))
 
 
+#: Which of the slopes 0 and that of most entries lie on the grid of 2 bits; at 4 and 8 bits both do.
+ON_TWO_BITS = {
+    **dict.fromkeys(["tanh", "sigmoid", "softplus", "log_sigmoid", "softsign", "tanhshrink", "elu", "celu"], (0, 1)),
+    "selu": (0,),
+}
+
+
+@pytest.mark.parametrize("activation", [one for one in SMOOTH if not one.options], ids=named)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_which_slopes_are_free_of_noise(activation, bits):
+    at = {"tanh": 0.0, "sigmoid": 0.0, "softsign": 0.0, "log_sigmoid": -40.0}.get(activation.name, 40.0)
+    x = torch.tensor([at], dtype=torch.float64)
+    slope = activation.derivative(x, activation.forward(x))
+    variance = activation.codec(bits).entry_variance(torch.cat([torch.zeros_like(slope), slope]))
+    expected = ON_TWO_BITS.get(activation.name, ()) if bits == 2 else (0, 1)
+    assert tuple((variance < 1e-12).nonzero().flatten().tolist()) == expected
+    assert variance[variance >= 1e-12].gt(1e-3).all()
+
+
+@pytest.mark.parametrize(("dtype", "mistaken"), [(torch.float64, 0), (torch.float32, 2e-5)], ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_linear_parts_of_hardswish_are_exact_from_four_bits_on(bits, dtype, mistaken):
+    ends = [torch.linspace(-9, -3, 33)[:-1], torch.linspace(3, 9, 33)[1:], torch.linspace(-2.9, 2.9, 64)]
+    x = torch.cat(ends).to(dtype).repeat(2000, 1)
+    torch.manual_seed(0)
+    error = gradients(x, Activation("hardswish"), torch.ones_like(x), StochasticRounding(bits))[1].double()
+    error -= stock_gradients(x, Activation("hardswish"), torch.ones_like(x))[1].double()
+    linear, curved = error[:, :64], error[:, 64:]
+    if bits == 2:
+        # 0 and 1 lie a quarter and three quarters of a step of 2/3 above the grid: (2/3)**2 * 3/16.
+        torch.testing.assert_close(linear.square().mean(0), torch.full((64,), 1 / 12).double(), rtol=0.1, atol=0)
+    else:
+        # In single precision a dither near 1 may be rounded up to it.
+        assert (linear.abs() > 1e-6).double().mean() <= mistaken
+    assert (curved.abs() > 1e-6).double().mean() > 0.5, "nothing is vacuous"
+
+
 class RoundsToNearest(FixedRange):
     """A twin that rounds to the nearest grid point."""
 

@@ -20,7 +20,10 @@ are listed as not run where there is none.
 
 ## Layers and contexts
 
-How many combinations of strategies are tested.
+How many combinations of strategies are tested. Members of a family (smooth activations, those of two slopes, dropouts,
+norms over images, maximum pooling, averages and padding) share one operation and differ in a formula or in the number
+of axes: the first of each family runs everywhere, and the others, "·" elsewhere, only where their own formula meets
+other axes or numbers (eager, mapped, in lower precision).
 """
 
 _RULES = """\

@@ -17,6 +17,7 @@ from cheapgrad.ops.chains.chain import chain_of, run_stage, settle
 from cheapgrad.ops.chains.linear_stage import LinearStage
 from cheapgrad.ops.chains.norm_stage import LayerNormStage
 from cheapgrad.sketch import DenseMatrix, Pivotal, RowSample, StochasticRounding, Systematic, Uniform
+from tests.networks.twins import use_one_code_twice
 from tests.ops.chains.networks import Chosen, convert, draw_parameters
 from tests.sketch.enumeration import enumerate_design
 
@@ -134,14 +135,7 @@ def test_every_outcome_of_two_codes_of_a_norm(twice):
 def norm_moments(monkeypatch, twice):
     """Return the moments of the input's gradient of a norm that keeps two bits: bias shows in few features."""
     if twice:
-        record = LayerNormStage.record
-
-        def one_code(self, x, parameters, is_rebuilt):
-            rstd, *codes = record(self, x, parameters, is_rebuilt)
-            half = codes[: len(codes) // 2]
-            return (rstd, *half, *half)
-
-        monkeypatch.setattr(LayerNormStage, "record", one_code)
+        use_one_code_twice(monkeypatch)
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
     x = torch.randn(64, 8, requires_grad=True)
     exact = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])

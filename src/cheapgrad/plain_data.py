@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -88,6 +89,8 @@ def _read(hint: Any, value: Any, where: str) -> Any:
             raise RecordError(f"{where} must be a list, but is {describe_value(value)}")
         return tuple(_read(arguments[0], item, f"{where}[{place}]") for place, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > sys.float_info.max:
+            raise RecordError(f"{where} is a whole number of {len(str(value))} digits, which no float can hold")
         return value
     if hint is float and isinstance(value, str) and value in _WORDS:
         return float(value)

@@ -50,6 +50,9 @@ def test_report_travels_through_json(good, bad, tmp_path):
         (lambda data: data.update(layers={}), "layers must be a list"),
         (lambda data: data.update(kind="cheapgrad.plan"), "of kind 'cheapgrad.plan', not 'cheapgrad.audit'"),
         (lambda data: data.update(version=7), "cheapgrad.audit of version 7"),
+        (lambda data: data.update(band="inf"), "band must be a finite number above 0, but is inf"),
+        (lambda data: data.update(tests=0), "tests must be at least 1, but is 0"),
+        (lambda data: data.update(squared_norm=10**400), "squared_norm is a whole number of 401 digits"),
         (lambda data: data.clear(), "this is no audit: it should say 'kind': 'cheapgrad.audit'"),
     ],
 )

@@ -164,6 +164,12 @@ def test_loops_that_step_or_clear(batch):
         audit_step(model, token_loss, batch, clears)
 
 
+@pytest.mark.parametrize("loop", [None, 5])
+def test_loop_that_is_none_is_refused(batch, loop):
+    with pytest.raises(AccumulationError, match="accumulate must be the loop, a function without arguments"):
+        audit_step(Tagger(), token_loss, batch, loop)
+
+
 def test_loop_that_raises_is_named_and_undone(batch):
     model = Tagger()
     before = [parameter.detach().clone() for parameter in model.parameters()]

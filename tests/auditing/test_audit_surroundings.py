@@ -302,6 +302,70 @@ def test_reference_that_raises_is_named():
     assert isinstance(caught.value.__cause__, IndexError)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_reference_that_is_not_finite_is_named(value):
+    def reference(model, batch):
+        return [torch.full_like(parameter, value) for parameter in model.parameters()]
+
+    with pytest.raises(ReferenceGradientError, match="a gradient that is not finite"):
+        audit(make_network(planted.exact), mean_loss, make_batch(), reference=reference)
+
+
+def test_loss_function_that_changes_parameters_is_named_and_undone():
+    model = make_network(planted.exact)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def changes(model, batch):
+        with torch.no_grad():
+            model[0].weight.mul_(0.5)
+        return mean_loss(model, batch)
+
+    with pytest.raises(LossError, match=r"changed 1 parameters, the first one is '0\.weight'"):
+        audit(model, changes, make_batch())
+    assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+
+
+class Recurrent(nn.Module):
+    """Scores of sequences, from the last of their states."""
+
+    def __init__(self, classes, dropout, *, batch_first):
+        super().__init__()
+        self.body = nn.GRU(6, 16, 2, dropout=dropout, batch_first=batch_first)
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, x):
+        return self.head(self.body(x)[0])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("seed", range(4))
+def test_time_first_batches_are_refused_before_anything_was_learned(seed, dropout):
+    # The loss of a network that has learned nothing is about log(classes), in whatever order it reads.
+    torch.manual_seed(seed)
+    time_first, batch_first = (Recurrent(10, dropout, batch_first=value) for value in (False, True))
+    batch = torch.randn(12, 12, 6), torch.randint(0, 10, (12, 12))
+
+    def loss_fn(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    with pytest.raises(BatchOrderError, match="the gradient differs by"):
+        audit(time_first, loss_fn, batch, draws=8, seed=0)
+    assert audit(batch_first, loss_fn, batch, draws=8, seed=0).noise_fraction == 0
+
+
+def test_dropout_that_hardly_moves_the_loss_is_no_random_backward_pass():
+    drawn = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.02), nn.Linear(16, 1000))
+        batch = torch.randn(64, 8), torch.randint(0, 1000, (64,))
+        report = audit(
+            model, lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]), batch, draws=8, seed=0
+        )
+        drawn += report.forward_noise == "shared"
+    assert drawn == 8
+
+
 def test_report_has_no_such_parameter_and_may_be_too_coarse():
     report = audit(make_network(planted.sampled_rows(keep=0.2)), mean_loss, make_batch(), reference=right_loss)
     with pytest.raises(UnknownNameError, match=r"no parameter '3\.weights'; did you mean '3\.weight'"):

@@ -1,4 +1,4 @@
-"""Does the loss change with the order of a batch's entries? Then they are no examples of a mini-batch."""
+"""Do loss or gradient change with the order of a batch's entries? Then they are no examples of a mini-batch."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from typing import Any
 
 import torch
 
+from cheapgrad.auditing._errors_drawn import inner_product
 from cheapgrad.auditing._examples import reverse_examples
 from cheapgrad.auditing._forward_noise import same_number
-from cheapgrad.auditing._step import Step
+from cheapgrad.auditing._step import DrawnGradient, Step
 from cheapgrad.errors import BatchOrderError
 
-# By how much the loss may change with the order of examples: sums are rounded in another order.
+# By how much loss and gradient may change with the order of examples: sums are rounded in another order. Of a network
+# that has learned nothing the loss hardly depends on its input; the gradient does.
 _SAME_LOSS_ULPS = 4096
+_SAME_GRADIENT, _SAME_GRADIENT_ULPS = 0.01, 8
 
 
 def check_order(
-    step: Step, batch: Any, examples: int, loss: float | None, make_seed: Callable[[str], int]
+    step: Step, batch: Any, examples: int, whole: DrawnGradient | None, make_seed: Callable[[str], int]
 ) -> tuple[str, ...]:
-    """Refuse a batch whose loss is another in reverse order; return a remark where that cannot be told.
+    """Refuse a batch whose loss or gradient is another in reverse order; return a remark where that cannot be told.
 
     Where the loss of the exact gradient is unknown, or draws random numbers by position, the loss function itself is
     compared in evaluation mode: dropout does not tell examples apart there.
@@ -29,35 +32,57 @@ def check_order(
         step: whose loss is compared.
         batch: the batch.
         examples: how many entries its first axis has.
-        loss: of the exact gradient from the seed "whole"; None if unknown, or if the forward pass draws.
+        whole: exact gradient and loss from the seed "whole"; None if the loss is unknown, or the forward pass draws.
         make_seed: a seed for each text.
 
     Raises:
-        BatchOrderError: the two losses differ.
+        BatchOrderError: the two losses, or gradients, differ.
     """
     reverse, where = reverse_examples(batch, examples), ""
-    if loss is not None:
-        other = step.draw_exact(reverse, make_seed("whole")).loss
+    if whole is not None:
+        other = step.draw_exact(reverse, make_seed("whole"))
     else:
         where = " in evaluation mode"
         try:
-            loss, again = (step.evaluate(batch, make_seed(text)) for text in ("whole", "another"))
+            whole, again = (step.evaluate(batch, make_seed(text)) for text in ("whole", "another"))
             other = step.evaluate(reverse, make_seed("whole"))
         except Exception as error:
             # Some models return something else in evaluation mode; whatever the reason, the audit itself goes on.
             return _remark(f"in evaluation mode the loss function raised {type(error).__name__}: {error}")
-        if not math.isfinite(loss):
-            return _remark(f"in evaluation mode the loss is {loss:.9g}")
-        if not same_number(loss, again, _dtype(step)):
+        if not math.isfinite(_loss(whole)):
+            return _remark(f"in evaluation mode the loss is {_loss(whole):.9g}")
+        if not same_number(_loss(whole), _loss(again), _dtype(step)):
             return _remark("it draws random numbers in evaluation mode too")
-    slack = _SAME_LOSS_ULPS * torch.finfo(_dtype(step)).eps * max(abs(loss), 1e-3)
-    if other is not None and not abs(loss - other) <= slack:
+        if not _is_same_gradient(step, _distance(whole, again)):
+            # A backward pass that draws by itself; its gradient tells nothing.
+            whole = DrawnGradient([], whole.loss)
+    distance = _distance(whole, other)
+    slack = _SAME_LOSS_ULPS * torch.finfo(_dtype(step)).eps * max(abs(_loss(whole)), 1e-3)
+    if not (abs(_loss(whole) - _loss(other)) <= slack and _is_same_gradient(step, distance)):
         raise BatchOrderError(
-            f"the loss{where} is {loss:.9g}, and {other:.9g} with the batch's {examples} entries of the first axis in "
-            "reverse order, so these are no examples that a mini-batch could be cut into; pass split=False to leave "
-            "out the mini-batch's variance"
+            f"the loss{where} is {_loss(whole):.9g}, and {_loss(other):.9g} with the batch's {examples} entries of the "
+            f"first axis in reverse order, and the gradient differs by {distance:.2g} of its length, so these are no "
+            "examples that a mini-batch could be cut into; pass split=False to leave out the mini-batch's variance"
         )
     return ()
+
+
+def _is_same_gradient(step: Step, distance: float) -> bool:
+    return distance <= max(_SAME_GRADIENT, _SAME_GRADIENT_ULPS * torch.finfo(_dtype(step)).eps)
+
+
+def _loss(drawn: DrawnGradient) -> float:
+    return math.nan if drawn.loss is None else drawn.loss
+
+
+def _distance(one: DrawnGradient, other: DrawnGradient) -> float:
+    """Return the relative distance of two gradients; 0 where there are none."""
+    if not one.tensors or not other.tensors:
+        return 0.0
+    differences = [first - second for first, second in zip(one.tensors, other.tensors, strict=True)]
+    squares = (sum(float(inner_product(tensor, tensor)) for tensor in part) for part in (differences, one.tensors))
+    of_difference, of_gradient = squares
+    return math.sqrt(of_difference / of_gradient) if of_gradient else 0.0
 
 
 def _dtype(step: Step) -> torch.dtype:

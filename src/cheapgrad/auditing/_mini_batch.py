@@ -57,7 +57,8 @@ def measure_mini_batch_noise(
     if examples < 2:
         return MiniBatchNoise(None, ("mini-batch variance unknown: the batch is a single example",))
     whole = step.draw_exact(batch, make_seed("whole"))
-    remarks = check_order(step, batch, examples, None if draws_noise else whole.loss, make_seed)
+    is_told = not draws_noise and whole.loss is not None
+    remarks = check_order(step, batch, examples, whole if is_told else None, make_seed)
     # Two examples at least where there are enough: batch norm refuses one.
     parts = torch.arange(examples).tensor_split(min(_MICRO_BATCHES, max(2, examples // 2)))
     try:

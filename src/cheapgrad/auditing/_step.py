@@ -118,15 +118,29 @@ class Step:
             loss = self._backward(lambda model, batch: made, batch)
             return DrawnGradient(self._collect(), loss)
         self._clear()
-        return DrawnGradient(self._read(made), None)
+        tensors = self._read(made)
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise ReferenceGradientError("the reference returned a gradient that is not finite; look at the batch")
+        return DrawnGradient(tensors, None)
 
-    def evaluate(self, batch: Any, seed: int) -> float:
-        """Return the loss in evaluation mode, from the stock code of all converted layers."""
+    def evaluate(self, batch: Any, seed: int) -> DrawnGradient:
+        """Return loss and gradient in evaluation mode, from the stock code of all converted layers.
+
+        There are no tensors where there is no gradient in that mode, as of cuDNN's recurrent layers.
+        """
         seed_all(seed)
+        self._clear()
         with evaluating(self.model), exact_step():
-            return float(self.loss_fn(self.model, batch).detach())
+            loss = self.loss_fn(self.model, batch)
+            value = float(loss.detach())
+            with contextlib.suppress(Exception):
+                loss.backward()
+                return DrawnGradient(self._collect(), value)
+        self._clear()
+        return DrawnGradient([], value)
 
     def _backward(self, loss_fn: LossFunction, batch: Any) -> float:
+        versions = [parameter._version for parameter in self.parameters]
         try:
             loss = loss_fn(self.model, batch)
         except CheapgradError:
@@ -142,7 +156,21 @@ class Step:
             raise
         except Exception as error:
             raise BackwardError(f"the backward pass raised {type(error).__name__}: {error}") from error
+        self._check_versions(versions)
         return value
+
+    def _check_versions(self, versions: list[int]) -> None:
+        changed = [
+            name
+            for name, parameter, version in zip(self.names, self.parameters, versions, strict=True)
+            if parameter._version != version
+        ]
+        if changed:
+            raise LossError(
+                f"the loss function, or the backward pass, changed {len(changed)} parameters, the first one is "
+                f"{changed[0]!r}: draws at different parameters cannot be compared; leave that out while auditing. "
+                "Parameters were put back"
+            )
 
     def _read(self, made: Any) -> list[Tensor]:
         """Return the tensors that a reference made, one for each parameter."""

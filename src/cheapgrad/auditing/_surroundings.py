@@ -18,12 +18,13 @@ from cheapgrad.seeding import keep_torch_states, seed_torch
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put back what a step changes: gradients, buffers, running estimates of layers, modes and random states.
+    """Put back what a step changes: parameters, gradients, buffers, estimates of layers, modes and random states.
 
     Hooks that wait for complete gradients, such as those of optimizers that step during backward, do not run inside.
     """
     with contextlib.ExitStack() as stack:
-        for keep in (_keep_random_states, _keep_gradients, _keep_buffers, _keep_modes, _keep_memories):
+        keepers = (_keep_random_states, _keep_parameters, _keep_gradients, _keep_buffers, _keep_modes, _keep_memories)
+        for keep in keepers:
             stack.callback(keep(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -64,6 +65,18 @@ def _keep_random_states(model: nn.Module) -> Any:
         random.setstate(python_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
+
+    return put_back
+
+
+def _keep_parameters(model: nn.Module) -> Any:
+    aside = [(parameter, parameter._version, parameter.detach().clone()) for parameter in model.parameters()]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for parameter, version, value in aside:
+                if parameter._version != version:
+                    parameter.copy_(value)
 
     return put_back
 

@@ -25,7 +25,7 @@ from cheapgrad.auditing._step import DrawnGradient, LossFunction, Reference, Ste
 from cheapgrad.auditing._surroundings import make_seed, undisturbed
 from cheapgrad.auditing._writing import Findings, write_report
 from cheapgrad.auditing.report import AuditReport
-from cheapgrad.errors import BudgetError, check_count
+from cheapgrad.errors import AccumulationError, BudgetError, check_count, describe_value
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def audit(
     Raises:
         BudgetError: a setting is out of its range.
         ModelTypeError: `model` is no module, or has nothing to train.
-        LossError: the loss is no real scalar that requires grad, or not finite.
+        LossError: the loss is no real scalar that requires grad, or not finite, or its function changed parameters.
         ForwardError: the loss function raised; the cause is the original.
         BackwardError: the backward pass raised.
         NondeterministicForwardError: the model draws and `seed` is not given, or no seed governs what it draws.
@@ -168,7 +168,7 @@ def audit_step(
         That of `audit`.
 
     Raises:
-        AccumulationError: the loop raised, left no gradient, or changed parameters; these are put back.
+        AccumulationError: the loop is no function, raised, left no gradient, or changed parameters; these are put back.
 
     Example:
         >>> import torch
@@ -182,6 +182,11 @@ def audit_step(
         False
     """
     settings = _Settings(draws, alpha, seed, tolerance, split, group)
+    if not callable(accumulate):
+        raise AccumulationError(
+            f"accumulate must be the loop, a function without arguments that calls backward, but is "
+            f"{describe_value(accumulate)}"
+        )
     step = Step(model, loss_fn, reference, accumulate)
     with undisturbed(model):
         return _run(step, batch, settings, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,16 @@ from cheapgrad.files import write_whole
 from cheapgrad.plain_data import plain, read_record
 
 KIND, VERSION = "cheapgrad.audit", 1
+# What the verdict rests on; of the other figures infinities and nan have a meaning.
+_ALLOWED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "draws": (lambda value: value >= 1, "at least 1"),
+    "processes": (lambda value: value >= 1, "at least 1"),
+    "tests": (lambda value: value >= 1, "at least 1"),
+    "alpha": (lambda value: 0 < value < 1, "between 0 and 1"),
+    "band": (lambda value: 0 < value < math.inf, "a finite number above 0"),
+    "tolerance": (lambda value: 0 <= value < 1, "in [0, 1)"),
+    "squared_norm": (lambda value: value >= 0, "at least 0"),
+}
 
 # Where every number of the record comes from.
 PROVENANCE = {
@@ -254,7 +264,11 @@ class AuditReport:
         """
         if not isinstance(data, Mapping) or "kind" not in data:
             raise RecordError(f"this is no audit: it should say 'kind': {KIND!r}, but is {describe_value(data)}")
-        return read_record(cls, data, kind=KIND, version=VERSION)
+        report = read_record(cls, data, kind=KIND, version=VERSION)
+        for name, (is_allowed, allowed) in _ALLOWED.items():
+            if not is_allowed(getattr(report, name)):
+                raise RecordError(f"{name} must be {allowed}, but is {getattr(report, name)!r}; write the report again")
+        return report
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, whole or not at all.

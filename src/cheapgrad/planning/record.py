@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,8 @@ class PlannedLayer:
         drawn_at: the layer at whose output the rows are drawn, where several layers share one draw; else None.
         recompute: whether its output is computed again for others that would hold it, as attention its queries.
         noise_fraction: what this layer's sketches add, divided by the variance of the mini-batch gradient; a draw that
-            is shared counts where it is drawn. Modelled, with all other layers exact.
+            is shared counts where it is drawn. Modelled, with all other layers exact; layers whose codes are chosen
+            together, as those of one input or one block, have equal shares of what the codes add together.
         passed_down_share: the part of it that is in the parameters of layers below. Modelled.
         module: its type and the shapes of its parameters, such as ``"Linear(weight [64, 32], bias [64])"``; empty where
             that is not known.
@@ -295,8 +296,13 @@ def _find_out_of_range(plan: Plan) -> str | None:
     """Return what no plan that was made says, or None."""
     for part in ("exact", "predicted"):
         for name, value in dataclasses.asdict(getattr(plan, part)).items():
-            if not (math.isfinite(value) and value >= 0):
-                return f"{part}.{name} is {value!r}, but is a finite number of at least 0"
+            if not _is_size(value):
+                return f"{part}.{name} is {value!r:.60}, but is a finite number of at least 0"
+    for layer in plan.layers:
+        for name in ("noise_fraction", "passed_down_share"):
+            value = getattr(layer, name)
+            if not _is_size(value):
+                return f"{name} of layer {layer.name!r} is {value!r:.60}, but is a finite number of at least 0"
     for name, least in (("noise_standard_error", 0), ("separate_noise_fraction", 0), ("batches", 2)):
         value = getattr(plan, name)
         if not value >= least:
@@ -310,6 +316,11 @@ def _find_out_of_range(plan: Plan) -> str | None:
         return f"layer {twice!r} stands there twice"
     stray = next((layer for layer in plan.layers if layer.drawn_at not in (None, *names)), None)
     return f"layer {stray.name!r} is drawn at {stray.drawn_at!r}, which is no layer of it" if stray else None
+
+
+def _is_size(value: float) -> bool:
+    # Whole numbers may be too large for a float.
+    return 0 <= value <= sys.float_info.max
 
 
 def _find_wrong_bytes(plan: Plan) -> str | None:

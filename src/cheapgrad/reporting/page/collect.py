@@ -214,8 +214,9 @@ def _noise_in_plan(plan: Plan, label: str) -> list[NoiseGroup]:
     total = Noise(noise_fraction=plan.predicted.noise_fraction)
     column = NoiseColumn("planned", layers, total, style=1, modelled=True)
     note = (
-        "What the sketches of each layer add to the gradient of all parameters, with all other layers exact. Together "
-        "they meet each other's noise, so that the whole is not their sum."
+        "What the sketches of each layer add to the gradient of all parameters, with all other layers exact; "
+        "layers whose codes are chosen together have equal shares of what these add. Together they meet each other's "
+        "noise, so that the whole is not their sum."
     )
     return [NoiseGroup(label, (column,), note, row="layer")]
 

@@ -12,7 +12,7 @@ from benchmarks.whole_network import EAGER, EXACT, Method
 
 SMALL = Network(
     "small",
-    lambda: VisionTransformer(64, 2),
+    lambda: VisionTransformer(64, 1),
     lambda: (torch.randn(2, 64, 48), torch.randint(0, 10, (2,))),
     target_ratio=2.0,
 )

@@ -33,7 +33,15 @@ _SAME_BYTES = 0.05
 _SIGNIFICANT = 0.05
 # Who is short of memory wants to halve it at least.
 _FEW_BYTES = 0.5
-_MEMORY_FAMILIES = ("memory", "memory, small layers too", "both", "checkpoints", "parts", "compiled")
+_MEMORY_FAMILIES = (
+    "memory",
+    "memory, small layers too",
+    "memory, first layer exact",
+    "both",
+    "checkpoints",
+    "parts",
+    "compiled",
+)
 _RIVALS = {"time, batch": "the smaller batch", "time, steps": "fewer steps"}
 
 

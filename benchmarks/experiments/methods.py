@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -36,6 +37,7 @@ SCHEDULED_NOISE = (0.4, 0.02)
 # Where exact gradients might matter most: while the weights settle, or while they find their way.
 REMEDIES = {"last 20 % exact": (0.8, 1.0), "first 20 % exact": (0.0, 0.2)}
 SMALL_TOO = "recipes.memory(4), small layers too"
+FIRST_EXACT = f"{SMALL_TOO}, first layer exact"
 # Where the refreshed basis of rank-constrained sketches is found anew.
 _REFRESH_STEPS = 10
 
@@ -176,6 +178,8 @@ def _recipes() -> list[Method]:
         Method("recipes.memory(2)", "memory", recipes.memory(2)),
         # A head of ten classes is small, and holds as much of its input as any layer does.
         Method(SMALL_TOO, "memory, small layers too", recipes.memory(4), converts_small=True),
+        # What the first layer holds is the batch, which the training loop has anyway: codes of it come on top.
+        Method(FIRST_EXACT, "memory, first layer exact", make_rules=_leave_first_layer, converts_small=True),
     ]
     both = [Method(f"recipes.both(4, {keep})", "both", recipes.both(4, keep), budget=keep) for keep in KEEPS]
     return [*speed, *memory, *both]
@@ -277,6 +281,13 @@ def _published() -> list[Method]:
         published="activation compressed training (arXiv:2104.14129), 2 bits, linear layers",
     )
     return [*methods, rounding]
+
+
+def _leave_first_layer(model: nn.Module) -> tuple[cheapgrad.Rule, ...]:
+    """Return the memory recipe for all modules but the first that has weights."""
+    first = next(module for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
+    (rule,) = recipes.memory(4)
+    return (dataclasses.replace(rule, pattern=lambda name, module: module is not first),)
 
 
 def _rank_rules(model: nn.Module, keep: float) -> tuple[cheapgrad.Rule, ...]:

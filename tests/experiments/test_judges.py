@@ -18,6 +18,7 @@ from benchmarks.experiments.judges import (
     judge_uniform_noise,
     time_chosen_elsewhere,
 )
+from benchmarks.experiments.methods import FIRST_EXACT, SMALL_TOO
 from tests.experiments.planted import (
     MEMORY,
     SPEED,
@@ -104,6 +105,24 @@ def test_memory_is_judged_by_losses_downwards(kind, better, worse):
     assert remember(kind, **better).is_reached
     assert not remember(kind, **worse).is_reached
     assert not remember(kind, **better, held=26).is_reached
+
+
+def test_where_the_recipe_holds_too_much_the_way_of_fewest_bytes_is_judged():
+    def judge(plain, small, first, **figures):
+        rows = [make_row("exact", "exact"), make_row(MEMORY, "memory", held=plain)]
+        rows += [make_row(SMALL_TOO, "memory, small layers too", held=small, accuracy=0.999)]
+        rows += [make_row(FIRST_EXACT, "memory, first layer exact", held=first, **figures)]
+        return judge_memory(make_results("MLP", rows))
+
+    found = judge(70, 29, 18)
+    assert found.is_reached
+    assert FIRST_EXACT in found.text
+    assert "5.6× fewer" in found.text
+    assert "as it is 1.4×" in found.text
+    # By bytes alone: not the other one, whose accuracy happens to be higher.
+    assert not judge(70, 24, 18, accuracy=0.97).is_reached
+    assert not judge(70, 29, 26).is_reached
+    assert FIRST_EXACT not in judge(24, 22, 18, accuracy=0.97).text
 
 
 def test_time_to_the_target_is_that_of_steps_and_of_the_plan():

@@ -19,7 +19,7 @@ from benchmarks.experiments.costs import measure_costs
 from benchmarks.experiments.datasets import DataError, load, load_digit_pixels
 from benchmarks.experiments.declaration import TrainingRun
 from benchmarks.experiments.matching import Size, find_batch_size, find_time, match
-from benchmarks.experiments.methods import EXACT, SMALL_TOO, list_methods
+from benchmarks.experiments.methods import EXACT, FIRST_EXACT, SMALL_TOO, list_methods
 from benchmarks.experiments.noise import measure_noise
 from benchmarks.experiments.preparing import prepare
 from benchmarks.experiments.tasks import make_bagnet_task, make_language_task, make_perceptron_task
@@ -285,14 +285,20 @@ def test_steps_of_adaptive_methods_are_not_timed_apart():
 def test_small_layers_are_converted_where_a_method_says_so():
     task = replace(make_perceptron_task(load(None), hidden=256, epochs=1, batch_size=32), noise_points=0)
     batch = next(draw_batches(task, 32, 0))
-    plain, small_too = (
-        prepare(task, find_method(label), task.build_seeded(0), []) for label in ("recipes.memory(4)", SMALL_TOO)
+    plain, small_too, first_exact = (
+        prepare(task, find_method(label), task.build_seeded(0), [])
+        for label in ("recipes.memory(4)", SMALL_TOO, FIRST_EXACT)
     )
     assert "too small to pay" in str(plain.handle)
     assert "too small to pay" not in str(small_too.handle)
     # The head held its input in 32 bits, and holds it in 4 with a scale for each group.
     difference = plain.measure_bytes(batch)[0] - small_too.measure_bytes(batch)[0]
     assert 0.75 * 4 * 32 * 256 < difference < 4 * 32 * 256 * (1 - 4 / 32)
+    # Nor does the first layer hold codes of the batch, which counts as the caller's: 64 pixels in 4 bits, and scales.
+    codes = small_too.measure_bytes(batch)[0] - first_exact.measure_bytes(batch)[0]
+    assert 32 * 64 * 4 / 8 < codes < 32 * 64
+    names, without_first = ({row.name for row in each.handle.rows} for each in (small_too, first_exact))
+    assert names - without_first == {"blocks.0.0"}
 
 
 def test_divergence_is_a_result():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cheapgrad.seeding import keep_torch_states, seed_torch
+from cheapgrad.seeding import seed_torch, torch_states_kept
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**62])
@@ -35,9 +35,8 @@ def test_devices_in_use_are_put_back(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(device, "is_initialized", lambda: True)
     monkeypatch.setattr(device, "get_rng_state_all", lambda: list(states))
     monkeypatch.setattr(device, "set_rng_state_all", lambda given: states.__setitem__(slice(None), given))
-    put_back = keep_torch_states()
-    expected, states[0] = torch.rand(3), torch.tensor([0, 0])
-    put_back()
+    with torch_states_kept():
+        expected, states[0] = torch.rand(3), torch.tensor([0, 0])
     assert states[0].tolist() == [4, 2]
     assert torch.equal(torch.rand(3), expected)
 

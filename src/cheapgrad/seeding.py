@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.random import _seed_custom_device
@@ -31,12 +32,12 @@ def seed_torch(seed: int) -> None:
     _seed_custom_device(seed)
 
 
-def keep_torch_states() -> Callable[[], None]:
-    """Return what puts the generators that `seed_torch` seeds back to where they are now; a custom device's is not.
+@contextlib.contextmanager
+def torch_states_kept() -> Iterator[None]:
+    """Put the generators that `seed_torch` seeds back afterwards to where they were; a custom device's is not.
 
-    >>> put_back = keep_torch_states()
-    >>> first = torch.rand(2)
-    >>> put_back()
+    >>> with torch_states_kept():
+    ...     first = torch.rand(2)
     >>> bool((torch.rand(2) == first).all())
     True
     """
@@ -46,9 +47,8 @@ def keep_torch_states() -> Callable[[], None]:
             kept.append((device.set_rng_state_all, device.get_rng_state_all()))
     if torch.backends.mps.is_available():
         kept.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
-
-    def put_back() -> None:
+    try:
+        yield
+    finally:
         for set_state, state in kept:
             set_state(state)
-
-    return put_back

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -307,6 +308,28 @@ def test_an_order_that_cannot_be_checked_is_remarked() -> None:
     assert "nobody checked" not in str(make_plan(batches=make_batches((24,), 4), flops="60 %"))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("seed", range(3))
+def test_time_first_batches_are_refused_before_anything_was_learned(seed: int, dropout: float) -> None:
+    # The loss of a network that has learned nothing is about log(classes), in whatever order it reads.
+    def loss_of_sequences(model: nn.Module, batch: Batch) -> Any:
+        states, _ = model[0](batch[0])
+        return nn.functional.cross_entropy(model[1](states).flatten(0, 1), batch[1].flatten())
+
+    torch.manual_seed(seed)
+    batches = [(torch.randn(12, 12, 6), torch.randint(0, 10, (12, 12))) for _ in range(2)]
+    for batch_first in (True, False):
+        model = nn.Sequential(nn.GRU(6, 16, 2, dropout=dropout, batch_first=batch_first), nn.Linear(16, 10))
+        call = functools.partial(
+            cheapgrad.plan, model, loss_of_sequences, batches, flops="96 %", strategies=ROWS, skip_small=False
+        )
+        if batch_first:
+            assert call().layers
+        else:
+            with pytest.raises(BatchOrderError, match="the gradient differs by"):
+                call()
+
+
 def test_a_loss_that_draws_in_evaluation_mode_too_has_an_order_that_nobody_checked() -> None:
     def always_drops(model: nn.Module, batch: Batch) -> Any:
         return loss_fn(model, (nn.functional.dropout(batch[0], 0.1, training=True), batch[1]))
@@ -314,7 +337,7 @@ def test_a_loss_that_draws_in_evaluation_mode_too_has_an_order_that_nobody_check
     plan = cheapgrad.plan(
         make_mlp(3), always_drops, make_batches((24,), 4), flops="60 %", strategies=ROWS, skip_small=False
     )
-    expected = "nobody checked whether the order of a batch's examples changes its loss: it draws random numbers in"
+    expected = "nobody checked whether the order of the batch's examples changes its loss: it draws random numbers in"
     assert any(remark.startswith(expected) for remark in plan.remarks)
 
 

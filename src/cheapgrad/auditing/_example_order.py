@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cheapgrad.auditing._errors_drawn import inner_product
 from cheapgrad.auditing._examples import reverse_examples
@@ -48,17 +49,17 @@ def check_order(
             other = step.evaluate(reverse, make_seed("whole"))
         except Exception as error:
             # Some models return something else in evaluation mode; whatever the reason, the audit itself goes on.
-            return _remark(f"in evaluation mode the loss function raised {type(error).__name__}: {error}")
+            return (say_unchecked(f"in evaluation mode the loss function raised {type(error).__name__}: {error}"),)
         if not math.isfinite(_loss(whole)):
-            return _remark(f"in evaluation mode the loss is {_loss(whole):.9g}")
+            return (say_unchecked(f"in evaluation mode the loss is {_loss(whole):.9g}"),)
         if not same_number(_loss(whole), _loss(again), _dtype(step)):
-            return _remark("it draws random numbers in evaluation mode too")
-        if not _is_same_gradient(step, _distance(whole, again)):
+            return (say_unchecked("it draws random numbers in evaluation mode too"),)
+        if not is_same_order(_distance(whole, again), _dtype(step)):
             # A backward pass that draws by itself; its gradient tells nothing.
             whole = DrawnGradient([], whole.loss)
     distance = _distance(whole, other)
     slack = _SAME_LOSS_ULPS * torch.finfo(_dtype(step)).eps * max(abs(_loss(whole)), 1e-3)
-    if not (abs(_loss(whole) - _loss(other)) <= slack and _is_same_gradient(step, distance)):
+    if not (abs(_loss(whole) - _loss(other)) <= slack and is_same_order(distance, _dtype(step))):
         raise BatchOrderError(
             f"the loss{where} is {_loss(whole):.9g}, and {_loss(other):.9g} with the batch's {examples} entries of the "
             f"first axis in reverse order, and the gradient differs by {distance:.2g} of its length, so these are no "
@@ -67,8 +68,36 @@ def check_order(
     return ()
 
 
-def _is_same_gradient(step: Step, distance: float) -> bool:
-    return distance <= max(_SAME_GRADIENT, _SAME_GRADIENT_ULPS * torch.finfo(_dtype(step)).eps)
+def is_same_order(distance: float, dtype: torch.dtype) -> bool:
+    """Tell whether gradients of two orders of a batch differ by rounding only.
+
+    Args:
+        distance: of the two, as `measure_distance` returns it.
+        dtype: of the parameters.
+    """
+    return distance <= max(_SAME_GRADIENT, _SAME_GRADIENT_ULPS * torch.finfo(dtype).eps)
+
+
+def measure_distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """Return ``‖second − first‖ / ‖first‖`` of two gradients; 0 where there are none, or the first is zero.
+
+    Args:
+        first: by parameter.
+        second: the same parameters.
+    """
+    differences = [one - other for one, other in zip(first, second, strict=True)]
+    squares = (sum(float(inner_product(tensor, tensor)) for tensor in part) for part in (differences, first))
+    of_difference, of_gradient = squares
+    return math.sqrt(of_difference / of_gradient) if of_gradient else 0.0
+
+
+def say_unchecked(reason: str) -> str:
+    """Return the remark on a batch whose order could not be checked.
+
+    Args:
+        reason: why.
+    """
+    return f"nobody checked whether the order of the batch's examples changes its loss: {reason}"
 
 
 def _loss(drawn: DrawnGradient) -> float:
@@ -76,18 +105,9 @@ def _loss(drawn: DrawnGradient) -> float:
 
 
 def _distance(one: DrawnGradient, other: DrawnGradient) -> float:
-    """Return the relative distance of two gradients; 0 where there are none."""
-    if not one.tensors or not other.tensors:
-        return 0.0
-    differences = [first - second for first, second in zip(one.tensors, other.tensors, strict=True)]
-    squares = (sum(float(inner_product(tensor, tensor)) for tensor in part) for part in (differences, one.tensors))
-    of_difference, of_gradient = squares
-    return math.sqrt(of_difference / of_gradient) if of_gradient else 0.0
+    """Return the relative distance of two gradients; 0 where one is unknown."""
+    return measure_distance(one.tensors, other.tensors) if one.tensors and other.tensors else 0.0
 
 
 def _dtype(step: Step) -> torch.dtype:
     return step.parameters[0].dtype
-
-
-def _remark(reason: str) -> tuple[str, ...]:
-    return (f"nobody checked whether the order of the batch's examples changes its loss: {reason}",)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cheapgrad.convert.sketched_layer import SketchedLayer
-from cheapgrad.seeding import keep_torch_states, seed_torch
+from cheapgrad.seeding import seed_torch, torch_states_kept
 
 
 @contextlib.contextmanager
@@ -23,7 +23,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Hooks that wait for complete gradients, such as those of optimizers that step during backward, do not run inside.
     """
     with contextlib.ExitStack() as stack:
-        keepers = (_keep_random_states, _keep_parameters, _keep_gradients, _keep_buffers, _keep_modes, _keep_memories)
+        stack.enter_context(torch_states_kept())
+        keepers = (_keep_host_states, _keep_parameters, _keep_gradients, _keep_buffers, _keep_modes, _keep_memories)
         for keep in keepers:
             stack.callback(keep(model))
         stack.enter_context(torch.inference_mode(False))
@@ -55,13 +56,12 @@ def make_seed(*parts: object) -> int:
     return random.Random("/".join(map(str, parts))).getrandbits(62)
 
 
-def _keep_random_states(model: nn.Module) -> Any:
-    put_back_torch, python_state = keep_torch_states(), random.getstate()
+def _keep_host_states(model: nn.Module) -> Any:
+    python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
 
     def put_back() -> None:
-        put_back_torch()
         random.setstate(python_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)

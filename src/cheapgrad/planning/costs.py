@@ -12,7 +12,7 @@ from cheapgrad.convert import Rule, approximate
 from cheapgrad.convert.wrappers import unwrap
 from cheapgrad.cost import CostReport, scan
 from cheapgrad.planning.passes import LossFunction, Step
-from cheapgrad.seeding import keep_torch_states, seed_torch
+from cheapgrad.seeding import seed_torch, torch_states_kept
 
 
 class _Whole(nn.Module):
@@ -45,12 +45,9 @@ def count_costs(step: Step, batch: Any) -> CostReport:
         step: the training step.
         batch: the batch.
     """
-    put_back = keep_torch_states()
-    try:
+    with torch_states_kept():
         seed_torch(step.seed)
         return _leave_out_wrappers(scan(_Whole(step.model, step.loss_fn), batch), step.model)
-    finally:
-        put_back()
 
 
 def _leave_out_wrappers(report: CostReport, model: nn.Module) -> CostReport:

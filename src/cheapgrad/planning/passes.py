@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from cheapgrad.auditing._example_order import is_same_order, measure_distance, say_unchecked
 from cheapgrad.auditing._surroundings import evaluating
 from cheapgrad.convert.wrappers import unwrap
 from cheapgrad.cost._preparation import undisturbed
@@ -23,14 +24,13 @@ from cheapgrad.errors import (
     NondeterministicLossError,
     check_finite_loss,
 )
-from cheapgrad.seeding import keep_torch_states, seed_torch
+from cheapgrad.seeding import seed_torch, torch_states_kept
 
 LossFunction = Callable[[Any, Any], Tensor]
 
 # Two losses differ if they do so by more than this many units in the last place of one of them.
 _ULPS = 4096
 _ORDER_SEED = 20240401
-_UNCHECKED = "nobody checked whether the order of a batch's examples changes its loss"
 
 
 class Step:
@@ -53,12 +53,8 @@ class Step:
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Put gradients, buffers and the random states of all devices back afterwards."""
-        put_back = keep_torch_states()
-        try:
-            with undisturbed(self.model, ()):
-                yield
-        finally:
-            put_back()
+        with torch_states_kept(), undisturbed(self.model, ()):
+            yield
 
     def loss(self, batch: Any) -> Tensor:
         """Return the loss of a batch, from the same random state every time.
@@ -142,34 +138,41 @@ def check_loss(step: Step, batch: Any) -> list[str]:
 
 
 def _check_order(step: Step, batch: Any) -> list[str]:
-    """Compare the loss in evaluation mode, where dropout does not tell examples apart, with that of another order."""
+    """Compare loss and gradient in evaluation mode, where dropout does not tell examples apart, with another order's.
+
+    The loss alone would not do: that of a network that has learned nothing hardly depends on its input.
+    """
     tensors = [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.dim()]
     sizes = {tensor.shape[0] for tensor in tensors}
     if len(sizes) != 1 or max(sizes) < 2:
         found = " and ".join(map(str, sorted(sizes))) or "no tensors"
-        return [
-            f"{_UNCHECKED}: the first axes of its tensors should be as long as there are examples, two or more, but "
-            f"are {found}"
-        ]
+        reason = f"the first axes of its tensors should be as long as there are examples, two or more, but are {found}"
+        return [say_unchecked(reason)]
     size = sizes.pop()
     order = torch.randperm(size, generator=torch.Generator().manual_seed(_ORDER_SEED))
 
     def reorder(tensor: Tensor) -> Tensor:
         return tensor[order.to(tensor.device)] if tensor.dim() else tensor
 
-    shuffled = tree_map_only(Tensor, reorder, batch)
-    with evaluating(step.model), step.undisturbed(), torch.no_grad():
-        losses = step.loss(batch), step.loss(shuffled)
-        if not _differ(*losses):
+    with evaluating(step.model), step.undisturbed():
+        first, gradient = _evaluate(step, batch)
+        other, other_gradient = _evaluate(step, tree_map_only(Tensor, reorder, batch))
+        distance = measure_distance(gradient, other_gradient)
+        if not _differ(first, other) and is_same_order(distance, first.dtype):
             return []
-        reseeded = Step(step.model, step.loss_fn, step.seed + 1).loss(batch)
-    if _differ(losses[0], reseeded):
-        return [f"{_UNCHECKED}: it draws random numbers in evaluation mode too"]
+        again, again_gradient = _evaluate(Step(step.model, step.loss_fn, step.seed + 1), batch)
+    if _differ(first, again) or not is_same_order(measure_distance(gradient, again_gradient), first.dtype):
+        return [say_unchecked("it draws random numbers in evaluation mode too")]
     raise BatchOrderError(
-        f"the loss is {float(losses[0]):.8g}, but {float(losses[1]):.8g} for the same {size} examples in another "
-        "order: entries along the first axis are not examples of their own; put the examples first, or let "
-        "loss_fn arrange the batch"
+        f"the loss is {float(first):.8g}, but {float(other):.8g} for the same {size} examples in another order, and "
+        f"the gradient differs by {distance:.2g} of its length: entries along the first axis are not examples of their "
+        "own; put the examples first, or let loss_fn arrange the batch"
     )
+
+
+def _evaluate(step: Step, batch: Any) -> tuple[Tensor, list[Tensor]]:
+    gradient, _ = step.gradient(batch)
+    return torch.tensor(step.last_loss, dtype=step.parameters[0].dtype), gradient
 
 
 def _differ(first: Tensor, second: Tensor) -> bool:

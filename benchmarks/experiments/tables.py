@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.experiments.analysis import (
@@ -11,6 +12,7 @@ from benchmarks.experiments.analysis import (
     find_rival,
     find_rivals,
     list_distinct,
+    measure_equivalent,
     measure_reach,
     metric_of,
     time_share,
@@ -100,15 +102,27 @@ def _write_reach(results: TaskResults) -> str:
                 f"{len(reach.ratios)} of {len(reach.seeds)}",
                 write_number(reach.predicted),
                 write_number(reach.noise_dominated),
+                _write_equivalent(results, row),
                 write_number(reach.time_ratio),
                 write_number(None if rival is None else measure_reach(results, rival).time_ratio),
             ]
         )
     heads = (
-        "method|steps to target ÷ exact|reached|predicted|1 + ω|time to target ÷ exact|the smaller batch: its time to "
-        "target ÷ exact"
+        "method|steps to target ÷ exact|reached|predicted|1 + ω|steps ÷ exact of equal end|time to target ÷ exact|the "
+        "smaller batch: its time to target ÷ exact"
     )
     return write_table(heads.split("|"), rows)
+
+
+def _write_equivalent(results: TaskResults, row: Row) -> str:
+    found = measure_equivalent(results, row)
+    # Exact trainings of fewer steps are the ruler.
+    if found is None or row.match_by == "time, steps":
+        return UNKNOWN
+    ratio, low, high = (
+        f"{value:.2f}" if math.isfinite(value) else "?" for value in (found.ratio, found.low, found.high)
+    )
+    return f"{ratio} [{low}, {high}]"
 
 
 def _write_rivals(results: TaskResults) -> str:

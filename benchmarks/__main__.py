@@ -22,7 +22,6 @@ from benchmarks.laplace import measure_laplace
 from benchmarks.layer import measure_layers
 from benchmarks.memory import keep_freed_memory
 from benchmarks.noise import measure_noise
-from benchmarks.optimizer_noise import measure_optimizer_noise
 from benchmarks.parts import measure_parts
 from benchmarks.plan import measure_plans, measure_theory
 from benchmarks.published import measure_published
@@ -35,7 +34,6 @@ _NAMES = (
     "layer",
     "step",
     "noise",
-    "optimizer_noise",
     "worth",
     "networks",
     "published",
@@ -66,11 +64,7 @@ def main() -> None:
         default="all",
         help="what to run (default: all); worth needs step and noise, in this run or in --out",
     )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="zip of an image folder for noise, what experiments read for optimizer_noise (default: bundled digits)",
-    )
+    parser.add_argument("--data", type=Path, help="zip of an image folder for noise (default: the bundled digits)")
     parser.add_argument("--epochs", type=int, help="epochs of exact training before noise (default: 1; digits: 15)")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per timing (default: 15)")
     parser.add_argument(
@@ -116,8 +110,6 @@ def _run(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         return judge_worth(_read_records(arguments.out))
     if name == "curvature":
         return measure_curvature(rounds=arguments.rounds)
-    if name == "optimizer_noise":
-        return measure_optimizer_noise(data=arguments.data, batches=12, draws=2)
     if name == "theory":
         return measure_theory(seeds=200)
     if name == "plan":

@@ -67,7 +67,39 @@ class TrainingRun:
     noise_points: int
 
 
-Declaration = CostRun | TrainingRun
+@dataclass(frozen=True)
+class NoiseRun:
+    """One exact training, at points of which the noise of several methods is measured.
+
+    Attributes:
+        task: name of the task.
+        network: the network in words.
+        data: name and fingerprint of the data.
+        batch_size: examples in a step.
+        methods: what each method does, in words that tell any two apart.
+        steps: of the optimizer, in the whole training.
+        learning_rate: peak of the schedule.
+        seed: of weights and order of the examples.
+        points: shares of the steps.
+        batches: that noise is measured on.
+        draws: of the gradient, for each batch.
+    """
+
+    kind: ClassVar[str] = "noise"
+    task: str
+    network: str
+    data: str
+    batch_size: int
+    methods: tuple[str, ...]
+    steps: int
+    learning_rate: float
+    seed: int
+    points: tuple[float, ...]
+    batches: int
+    draws: int
+
+
+Declaration = CostRun | TrainingRun | NoiseRun
 
 
 def describe(declaration: Declaration) -> dict[str, Any]:

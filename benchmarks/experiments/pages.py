@@ -7,7 +7,8 @@ from pathlib import Path
 
 from benchmarks.experiments.choices import write_memory_choice, write_situations, write_time_choice
 from benchmarks.experiments.methods import list_published
-from benchmarks.experiments.pictures import draw_task, draw_theory
+from benchmarks.experiments.pictures import draw_predictions, draw_task, draw_theory
+from benchmarks.experiments.predictions import list_predictions, write_predictions
 from benchmarks.experiments.remedies import write_remedies
 from benchmarks.experiments.results import TaskResults, read_results
 from benchmarks.experiments.tables import write_task
@@ -36,6 +37,10 @@ def write_pages(results_directory: Path, docs: Path) -> list[str]:
         path = docs / "img" / "experiments_theory.png"
         write_whole(path, draw_theory(results))
         written.append(path.name)
+    if any(list_predictions(each) for each in results):
+        path = docs / "img" / "experiments_predictions.png"
+        write_whole(path, draw_predictions(results))
+        written.append(path.name)
     for name in _PAGES:
         text = (docs / name).read_text(encoding="utf-8")
         write_whole(docs / name, fill_page(text, results).encode())
@@ -47,7 +52,7 @@ def fill_page(text: str, results: list[TaskResults]) -> str:
     """Return a page with everything between its marks written anew.
 
     A mark is ``<!-- experiments: NAME -->`` before and ``<!-- end -->`` behind; known names are ``tasks``, ``targets``,
-    ``remedies``, ``published``, ``time``, ``memory`` and ``situations``.
+    ``predictions``, ``remedies``, ``published``, ``time``, ``memory`` and ``situations``.
 
     Raises:
         KeyError: for a mark with another name.
@@ -58,6 +63,7 @@ def fill_page(text: str, results: list[TaskResults]) -> str:
         "memory": lambda: write_memory_choice(results),
         "situations": lambda: write_situations(results),
         "targets": lambda: write_targets(results),
+        "predictions": lambda: write_predictions(results),
         "remedies": lambda: write_remedies(results),
         "published": _write_published,
     }

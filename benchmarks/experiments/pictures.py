@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.experiments.analysis import bytes_share, measure_reach, metric_of, time_share
+from benchmarks.experiments.predictions import list_predictions
 from benchmarks.experiments.results import Row, TaskResults
 from benchmarks.experiments.statistics import summarise
 
@@ -135,6 +137,42 @@ def draw_theory(all_results: Sequence[TaskResults]) -> bytes:
     panel.grid(alpha=0.25, which="both")
     if _legend_of(panel):
         panel.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def draw_predictions(all_results: Sequence[TaskResults]) -> bytes:
+    """Return a PNG of measured ratios of whole trainings against those predicted by noise in two units."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    names = ("every entry alike", "in units of AdamW's steps")
+    highest = 1.2
+    for number, results in enumerate(all_results):
+        colour = colormaps["tab10"](number % 10)
+        found = [each for each in list_predictions(results) if math.isfinite(each.measured.ratio)]
+        for each in found:
+            measured = each.measured
+            for panel, predicted in zip(panels, (each.predicted, each.predicted_adamw), strict=True):
+                top = measured.high if math.isfinite(measured.high) else measured.ratio
+                span = [[max(0.0, measured.ratio - measured.low)], [top - measured.ratio]]
+                marker = "s" if each.row.match_label else "o"
+                panel.errorbar(predicted, measured.ratio, yerr=span, color=colour, marker=marker, capsize=2)
+                highest = max(highest, predicted, measured.ratio)
+        if found:
+            panels[0].plot([], [], "o", color=colour, label=results.task)
+    for panel, name in zip(panels, names, strict=True):
+        panel.plot([0.9, highest], [0.9, highest], color="#999999", linewidth=1, zorder=0)
+        panel.set_title(f"noise {name}; squares: smaller batches", fontsize=9, loc="left")
+        panel.set_xlabel("steps ÷ exact, predicted")
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("steps ÷ those of the exact training that ends as well")
+    panels[0].legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
     return buffer.getvalue()

@@ -38,6 +38,7 @@ class Row:
         match_by: in what.
         is_adaptive: whether what a step costs depends on the state of the training.
         exact_share: share of the steps that are exact although the others are not.
+        words: what a step of the method does, or of the method that this one is made equal to.
         unavailable: why it was not run, or an empty text.
         costs: of a step on the usual batch, divided by those of the exact step; None where not measured, and without
             times for an adaptive method.
@@ -56,6 +57,7 @@ class Row:
     match_by: str
     is_adaptive: bool
     exact_share: float
+    words: str
     unavailable: str
     costs: dict[str, Any] | None
     ladder: tuple[tuple[int, float], ...]
@@ -105,6 +107,7 @@ class TaskResults:
         command: what makes the runs that are missing.
         left_out: recorded trainings that are in no row, in words.
         rows: the exact method first.
+        weighed: noise of some methods, by what they do, at points of one exact training.
         environments: hardware, versions and commit, each combination once.
     """
 
@@ -116,6 +119,7 @@ class TaskResults:
     left_out: tuple[str, ...]
     rows: tuple[Row, ...]
     environments: tuple[dict[str, Any], ...]
+    weighed: tuple[dict[str, Any], ...] = ()
 
     @property
     def slug(self) -> str:
@@ -167,6 +171,10 @@ def write_results(trials: Trials, records: Finds, command: str, directory: Path)
     for task in trials.tasks:
         path = directory / f"{make_slug(task.name)}.jsonl"
         rows, used = _list_rows(trials, task, records)
+        noise = trials.declare_noise(task, records)
+        weighed = records.find(identify(noise)) if noise is not None else None
+        if weighed is not None:
+            used[weighed["id"]] = weighed
         before = {record["id"]: record for record in Lines(path)}
         everything = {**before, **{record["id"]: record for record in records}}
         head = {
@@ -178,6 +186,7 @@ def write_results(trials: Trials, records: Finds, command: str, directory: Path)
             "is_text": task.dataset.is_text,
             "command": command,
             "left_out": _list_left_out(trials, task, everything.values(), used),
+            "weighed": weighed["id"] if weighed is not None else None,
             "rows": rows,
         }
         same = {name: head[name] for name in ("task", "network", "data")}
@@ -283,6 +292,7 @@ def _read_task(path: Path) -> TaskResults:
         head = json.loads(stream.readline())
     records = Lines(path)
     rows = tuple(_read_row(row, records) for row in head["rows"])
+    weighed = records.find(head["weighed"]) if head.get("weighed") else None
     environments: dict[str, dict[str, Any]] = {}
     for record in sorted((record for row in rows for record in row.runs.values()), key=lambda each: each["id"]):
         environment = {name: record["environment"][name] for name in ("processor", "torch", "commit")}
@@ -296,6 +306,7 @@ def _read_task(path: Path) -> TaskResults:
         tuple(head["left_out"]),
         rows,
         tuple(environments[key] for key in sorted(environments)),
+        tuple(weighed["result"]["points"]) if weighed is not None else (),
     )
 
 
@@ -306,7 +317,7 @@ def _read_row(row: dict[str, Any], records: Lines) -> Row:
     measured = records.find(row["costs"]) if row["costs"] is not None else None
     ladder = measured["result"]["ladder"] if measured is not None and row["match_label"] else []
     return Row(
-        **{name: value for name, value in row.items() if name not in {"words", "costs", "runs"}},
+        **{name: value for name, value in row.items() if name not in {"costs", "runs"}},
         costs=None if measured is None or row["match_label"] else _read_costs(measured, row),
         ladder=tuple((int(size), float(ratio)) for size, ratio in ladder),
         runs=runs,

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.environment import describe_environment
-from benchmarks.experiments.declaration import CostRun, Declaration, describe, identify
+from benchmarks.experiments.declaration import CostRun, Declaration, NoiseRun, describe, identify
 from benchmarks.experiments.store import Record, Store
 from cheapgrad.demo.workers import open_workers
 
@@ -104,6 +104,8 @@ def name_run(declaration: Declaration) -> str:
     """Return what a person would call a run."""
     if isinstance(declaration, CostRun):
         return f"{declaration.task}: costs"
+    if isinstance(declaration, NoiseRun):
+        return f"{declaration.task}: noise in units of the optimizer's steps"
     return f"{declaration.task}: {declaration.method}, rate {declaration.learning_rate:g}, seed {declaration.seed}"
 
 

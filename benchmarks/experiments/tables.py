@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.experiments.analysis import (
+    Equivalent,
     bytes_share,
     compare_all,
     compare_rows,
@@ -102,7 +103,8 @@ def _write_reach(results: TaskResults) -> str:
                 f"{len(reach.ratios)} of {len(reach.seeds)}",
                 write_number(reach.predicted),
                 write_number(reach.noise_dominated),
-                _write_equivalent(results, row),
+                # Exact trainings of fewer steps are the ruler.
+                UNKNOWN if row.match_by == "time, steps" else write_equivalent(measure_equivalent(results, row)),
                 write_number(reach.time_ratio),
                 write_number(None if rival is None else measure_reach(results, rival).time_ratio),
             ]
@@ -114,10 +116,9 @@ def _write_reach(results: TaskResults) -> str:
     return write_table(heads.split("|"), rows)
 
 
-def _write_equivalent(results: TaskResults, row: Row) -> str:
-    found = measure_equivalent(results, row)
-    # Exact trainings of fewer steps are the ruler.
-    if found is None or row.match_by == "time, steps":
+def write_equivalent(found: Equivalent | None) -> str:
+    """Return a ratio of steps with its interval; question marks beyond the shortest exact training."""
+    if found is None:
         return UNKNOWN
     ratio, low, high = (
         f"{value:.2f}" if math.isfinite(value) else "?" for value in (found.ratio, found.low, found.high)

@@ -11,19 +11,32 @@ from typing import Any
 import torch
 
 from benchmarks.experiments.costs import measure_costs
-from benchmarks.experiments.declaration import CostRun, Declaration, TrainingRun, identify
+from benchmarks.experiments.declaration import CostRun, Declaration, NoiseRun, TrainingRun, identify
 from benchmarks.experiments.matching import Size, match
-from benchmarks.experiments.methods import EXACT, Method
+from benchmarks.experiments.methods import EXACT, KEEPS, Method
 from benchmarks.experiments.runner import Finds
 from benchmarks.experiments.store import Record
 from benchmarks.experiments.tasks import Task
 from benchmarks.experiments.training import train
+from benchmarks.experiments.weighed_noise import measure_weighed_noise
 
 # Runs that choose learning rates have seeds of their own: what is chosen on them says nothing about the others.
 TUNING_SEEDS = (100,)
 # Trainings made equal in time stay valid while a later measurement, or another reading of it, would change them by no
 # more than this share of the usual number of examples.
 _SAME_SIZE = 0.05
+# What a pattern has to match for the noise of these methods to be weighed, all at the weights of one exact training.
+WEIGHED = "noise in units of the optimizer's steps"
+_WEIGHED_METHODS = (
+    EXACT.label,
+    *(
+        f"{family}{keep}{end}"
+        for family, end in (("recipes.speed(", ")"), ("uniform masks, rows ", ""))
+        for keep in KEEPS
+    ),
+    *(f"recipes.memory({bits})" for bits in (4, 2)),
+)
+_NOISE_POINTS, _NOISE_BATCHES, _NOISE_DRAWS = (0.3, 0.7), 12, 2
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,8 @@ class Trials:
         if any(records.find(identify(run)) is None for run in costs):
             return costs
         tuning = [run for task in self._trained_tasks() for run in self._declare_tuning(task, records)]
-        return [*costs, *tuning, *[trial.run for trial in self.list_trials(records)]]
+        noise = [run for task in self._trained_tasks() if (run := self.declare_noise(task, records)) is not None]
+        return [*costs, *tuning, *noise, *[trial.run for trial in self.list_trials(records)]]
 
     def list_cost_runs(self, task: Task, measurement: int = 0) -> list[CostRun]:
         """Return one run for each family of methods, so that a new family leaves the others' records valid."""
@@ -125,13 +139,31 @@ class Trials:
                     for seed in self.seeds:
                         yield Trial(task, method, is_tuned, self._declare_training(task, method, size, rate, seed))
 
+    def declare_noise(self, task: Task, records: Finds) -> NoiseRun | None:
+        """Return the run that weighs noise; None where it is not wanted, or the rate of exact training unknown yet."""
+        rate = self.choose_rate(task, EXACT, records)
+        if rate is None or not self._is_wanted(WEIGHED):
+            return None
+        return NoiseRun(
+            task=task.name,
+            network=task.network,
+            data=task.data,
+            batch_size=task.batch_size,
+            methods=tuple(method.step_words for method in self.methods if method.label in _WEIGHED_METHODS),
+            steps=task.steps,
+            learning_rate=rate,
+            seed=0,
+            points=_NOISE_POINTS,
+            batches=_NOISE_BATCHES,
+            draws=_NOISE_DRAWS,
+        )
+
     def list_wanted(self) -> list[Method]:
         """Return the methods that are trained: the exact one, and those that match a pattern."""
-        return [
-            method
-            for method in self.methods
-            if method is EXACT or any(fnmatch.fnmatchcase(method.label, pattern) for pattern in self.wanted)
-        ]
+        return [method for method in self.methods if method is EXACT or self._is_wanted(method.label)]
+
+    def _is_wanted(self, label: str) -> bool:
+        return any(fnmatch.fnmatchcase(label, pattern) for pattern in self.wanted)
 
     def find_costs(self, task: Task, method: Method, records: Finds) -> dict[str, Any] | None:
         """Return what was measured last of a step of a method on the usual batch, or None where that is not known."""
@@ -281,6 +313,8 @@ class Trials:
         if isinstance(declaration, CostRun):
             # Weights and batch are the same in every measurement: only the machine's state differs.
             return measure_costs(task, self._find_methods(declaration.methods), declaration.rounds, 0)
+        if isinstance(declaration, NoiseRun):
+            return measure_weighed_noise(task, self._find_methods(declaration.methods), declaration)
         return train(task, self._find_methods([declaration.method])[0], declaration)
 
     def _find_methods(self, words: Sequence[str]) -> list[Method]:

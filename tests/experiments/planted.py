@@ -94,6 +94,7 @@ def make_row(
         "match_by": by,
         "is_adaptive": False,
         "exact_share": 0.0,
+        "words": match or label,
         "unavailable": "",
         "costs": None if match else {"ratio": time, "backward_ratio": time - 0.2, "held_share": held / 100},
         "ladder": LADDER if match else (),

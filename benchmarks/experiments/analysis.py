@@ -109,11 +109,16 @@ def time_share(results: TaskResults, row: Row) -> float | None:
     return None if steps is None else steps + _planning_share(results, row)
 
 
+def is_shorter(row: Row) -> bool:
+    """Tell whether a row is exact training of fewer steps."""
+    return row.match_by == "time, steps" or row.match_by.startswith("steps, ")
+
+
 def _steps_share(results: TaskResults, row: Row) -> float | None:
     """Return the time of all steps, divided by that of exact training."""
     if row.costs is not None and not row.is_adaptive:
         return row.exact_share + (1 - row.exact_share) * row.costs["ratio"]
-    if row.match_by in {"time, batch", "time, steps", "bytes, batch"} and row.runs and results.exact.runs:
+    if (row.match_by in {"time, batch", "bytes, batch"} or is_shorter(row)) and row.runs and results.exact.runs:
         is_usual = row.declaration["batch_size"] == results.exact.declaration["batch_size"]
         step = 1.0 if is_usual else find_time(row.declaration["batch_size"], row.ladder)
         if step is not None:
@@ -145,6 +150,7 @@ def find_rivals(results: TaskResults, row: Row) -> list[Row]:
         and rival.runs
         and rival.is_tuned == row.is_tuned
         and "larger" not in rival.match_by
+        and not rival.match_by.startswith("steps, ")
     ]
 
 
@@ -217,7 +223,7 @@ def _list_shorter(results: TaskResults) -> list[tuple[float, float]]:
     """Return log(steps of exact training ÷ steps) and loss − that of exact training, of it and of shorter ones."""
     points = {0.0: 0.0}
     for row in list_distinct(results.rows):
-        if row.match_by != "time, steps" or row.is_tuned or row.run_ids == results.exact.run_ids:
+        if not is_shorter(row) or row.is_tuned or row.run_ids == results.exact.run_ids:
             continue
         comparison = compare_rows(results, row, results.exact, "test_loss")
         if comparison is not None and comparison.pairs == len(results.exact.runs):

@@ -30,7 +30,7 @@ def match(by: str, usual: Size, *, ratio: float, ladder: Sequence[Sequence[float
             steps"``: fewer steps on the usual batch, which take as long in total; ``"bytes, batch"``: a batch that
             holds as many bytes, as many examples in total; ``"bytes, parts"``: the usual batch in micro-batches that
             hold as many bytes; ``"bytes, larger batch"``: the method on a batch that holds what the exact method does
-            on the usual one, as many examples in total.
+            on the usual one, as many examples in total; ``"steps, 0.7"``: that share of the steps.
         usual: the size of the exact run.
         ratio: measured step time of the method, divided by that of the exact step.
         ladder: pairs of batch size and measured step time of exact steps, divided by that of the usual one.
@@ -38,6 +38,8 @@ def match(by: str, usual: Size, *, ratio: float, ladder: Sequence[Sequence[float
 
     >>> match("time, batch", Size(64, 100), ratio=0.5, ladder=[(16, 0.25), (64, 1.0)], bytes_share=0.2)
     Size(batch_size=32, steps=100, parts=1)
+    >>> match("steps, 0.7", Size(64, 100), ratio=1.0, ladder=[], bytes_share=1.0)
+    Size(batch_size=64, steps=70, parts=1)
     >>> match("bytes, batch", Size(64, 100), ratio=0.5, ladder=[], bytes_share=0.25)
     Size(batch_size=16, steps=400, parts=1)
     """
@@ -46,6 +48,8 @@ def match(by: str, usual: Size, *, ratio: float, ladder: Sequence[Sequence[float
         return Size(min(find_batch_size(ratio, ladder), size), steps)
     if by == "time, steps":
         return Size(size, min(steps, max(1, round(steps * ratio))))
+    if by.startswith("steps, "):
+        return Size(size, max(1, round(steps * float(by.removeprefix("steps, ")))))
     if by == "bytes, parts":
         return Size(size, steps, parts=min(size, max(1, round(1 / bytes_share))))
     share = bytes_share if by == "bytes, batch" else 1 / bytes_share

@@ -12,6 +12,7 @@ from benchmarks.experiments.analysis import (
     compare_rows,
     find_rival,
     find_rivals,
+    is_shorter,
     list_distinct,
     measure_equivalent,
     measure_reach,
@@ -104,7 +105,7 @@ def _write_reach(results: TaskResults) -> str:
                 write_number(reach.predicted),
                 write_number(reach.noise_dominated),
                 # Exact trainings of fewer steps are the ruler.
-                UNKNOWN if row.match_by == "time, steps" else write_equivalent(measure_equivalent(results, row)),
+                UNKNOWN if is_shorter(row) else write_equivalent(measure_equivalent(results, row)),
                 write_number(reach.time_ratio),
                 write_number(None if rival is None else measure_reach(results, rival).time_ratio),
             ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -190,6 +191,39 @@ def test_noise_fraction_is_against_the_spread_of_examples(reduction):
     estimated = report.mini_batch_relative_variance * report.squared_norm
     assert estimated == pytest.approx(variance, rel=0.25)
     assert report.noise_fraction == pytest.approx(report.relative_variance / report.mini_batch_relative_variance)
+
+
+def test_an_exact_layer_with_most_of_the_variance_does_not_hide_the_noise_of_the_others():
+    def look(scale, *patterns):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+        with torch.no_grad():
+            model[4].weight.mul_(scale)
+        rules = [cheapgrad.Rule(pattern, cotangent=RowSample(0.5)) for pattern in patterns]
+        if rules:
+            cheapgrad.approximate(model, *rules, skip_small=False)
+        batch = torch.randn(64, 8), torch.randint(4, (64,))
+        report = audit(model, mean_loss, batch, draws=64)
+        return report, [remark for remark in report.remarks if "over the other parameters" in remark]
+
+    # What comes back through a small head is small.
+    report, (remark,) = look(0.1, "0", "2")
+    added = {layer.name: layer.relative_variance * layer.squared_norm for layer in report.layers}
+    mini_batch = report.mini_batch_relative_variance * report.squared_norm
+    of_others = {name: report.layer(name) for name in added if name != "4.weight"}
+    total = sum(added[name] / layer.noise_fraction for name, layer in of_others.items() if added[name] > 0)
+    exact_bias = report.layer("4.bias")
+    assert added["4.weight"] == exact_bias.noise_fraction == 0
+    shown = float(re.search(r"the noise fraction is (\S+),", remark).group(1))
+    # The bias of the head is exact too, and is among the others.
+    assert report.noise_fraction * 2 <= shown <= sum(added.values()) / total
+    share = float(re.match(r"(\d+) %", remark).group(1)) / 100
+    assert shown == pytest.approx(sum(added.values()) / ((1 - share) * mini_batch), rel=0.1)
+    assert "4.weight" in remark
+    # Nothing is hidden where all are drawn alike, the exact layer has little variance, or nothing is added.
+    assert look(0.1, "0", "2", "4")[1] == []
+    assert look(10.0, "0", "2")[1] == []
+    assert look(0.1)[1] == []
 
 
 def test_detectable_bias_is_detected():

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks.experiments.analysis import measure_equivalent
+from benchmarks.experiments.analysis import find_rivals, measure_equivalent, time_share
 from benchmarks.experiments.tables import write_task
 from tests.experiments.planted import SPEED, make_results, make_row
 
@@ -36,6 +36,15 @@ def test_straight_in_the_logarithm_of_the_steps(loss, ratio):
     found = measure(loss, shorten(60, 1.06), shorten(80, 1.02))
     assert found.ratio == pytest.approx(ratio, rel=1e-6)
     assert found.low < found.ratio < found.high or math.isinf(ratio)
+
+
+def test_shares_of_the_steps_are_a_ruler_and_no_rival():
+    half = make_row("exact, 50 % of the steps", "steps", loss=1.04, steps=50, match="exact", by="steps, 0.5")
+    assert measure(1.02, half).ratio == pytest.approx(math.sqrt(2), rel=1e-6)
+    results = make_results("ViT", [make_row("exact", "exact"), half])
+    assert find_rivals(results, results.exact) == []
+    assert time_share(results, half) == 0.5
+    assert "| 1.41 [" not in write_task(results)
 
 
 def test_steps_of_its_own_count():

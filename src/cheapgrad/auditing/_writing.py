@@ -18,6 +18,9 @@ from cheapgrad.auditing._relative import relative
 from cheapgrad.auditing._step import Step
 from cheapgrad.auditing.report import AuditReport, LayerAudit
 
+# By how much the noise fraction of all parameters but one has to exceed that of all for a remark.
+_HIDDEN = 2.0
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -88,7 +91,7 @@ def write_report(findings: Findings) -> AuditReport:
         backward_flops=costs.figure("audited", None, "backward_flops"),
         exact_backward_flops=costs.figure("exact", None, "backward_flops"),
         layers=layers,
-        remarks=_write_remarks(findings),
+        remarks=_write_remarks(findings, added),
     )
 
 
@@ -176,8 +179,27 @@ def _name_reference(findings: Findings) -> str:
     return "the exact step, which is the derivative of the loss by central differences"
 
 
-def _write_remarks(findings: Findings) -> tuple[str, ...]:
-    remarks = [*findings.mini_batch.remarks, findings.costs.remark]
+def _say_hidden(findings: Findings, added: Tensor) -> str:
+    """Return a remark where one tensor with most of the mini-batch's variance hides what is added to the others."""
+    noise = findings.mini_batch.variances
+    if noise is None or len(noise) < 2:
+        return ""
+    largest = int(noise.argmax())
+    others = torch.arange(len(noise)) != largest
+    fraction = relative(float(added.sum()), float(noise.sum()))
+    of_others = relative(float(added[others].sum()), float(noise[others].sum()))
+    if not (fraction > 0 and _HIDDEN * fraction <= of_others < math.inf):
+        return ""
+    return (
+        f"{100 * float(noise[largest] / noise.sum()):.0f} % of the mini-batch's variance is in "
+        f"{findings.step.names[largest]}, to which less is added than to others: over the other parameters the noise "
+        f"fraction is {of_others:.2g}, and that is nearer to what an optimizer meets that scales parameters one by "
+        "one, as Adam does"
+    )
+
+
+def _write_remarks(findings: Findings, added: Tensor) -> tuple[str, ...]:
+    remarks = [*findings.mini_batch.remarks, findings.costs.remark, _say_hidden(findings, added)]
     if findings.step.reference is None and not findings.step.is_converted and not findings.step.accumulates:
         remarks.append(
             "no layer of this model is cheapgrad's, so the exact step is the same code, run eagerly; pass reference= "

@@ -194,12 +194,14 @@ def test_noise_fraction_is_against_the_spread_of_examples(reduction):
 
 
 def test_an_exact_layer_with_most_of_the_variance_does_not_hide_the_noise_of_the_others():
-    def look(scale, *patterns):
+    rows = {"cotangent": RowSample(0.5)}
+
+    def look(scale, *patterns, **strategies):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
         with torch.no_grad():
             model[4].weight.mul_(scale)
-        rules = [cheapgrad.Rule(pattern, cotangent=RowSample(0.5)) for pattern in patterns]
+        rules = [cheapgrad.Rule(pattern, **(strategies or rows)) for pattern in patterns]
         if rules:
             cheapgrad.approximate(model, *rules, skip_small=False)
         batch = torch.randn(64, 8), torch.randint(4, (64,))
@@ -214,7 +216,7 @@ def test_an_exact_layer_with_most_of_the_variance_does_not_hide_the_noise_of_the
     total = sum(added[name] / layer.noise_fraction for name, layer in of_others.items() if added[name] > 0)
     exact_bias = report.layer("4.bias")
     assert added["4.weight"] == exact_bias.noise_fraction == 0
-    shown = float(re.search(r"the noise fraction is (\S+),", remark).group(1))
+    shown = float(re.search(r"over the other parameters it is (\S+),", remark).group(1))
     # The bias of the head is exact too, and is among the others.
     assert report.noise_fraction * 2 <= shown <= sum(added.values()) / total
     share = float(re.match(r"(\d+) %", remark).group(1)) / 100
@@ -224,6 +226,8 @@ def test_an_exact_layer_with_most_of_the_variance_does_not_hide_the_noise_of_the
     assert look(0.1, "0", "2", "4")[1] == []
     assert look(10.0, "0", "2")[1] == []
     assert look(0.1)[1] == []
+    # Nor is noise that nobody would notice.
+    assert look(0.1, "0", "2", stored=StochasticRounding(8))[1] == []
 
 
 def test_detectable_bias_is_detected():

@@ -330,6 +330,80 @@ def test_time_first_batches_are_refused_before_anything_was_learned(seed: int, d
                 call()
 
 
+class _InTrainingOnly(torch.autograd.Function):
+    """The identity, whose backward pass works in training mode alone, as that of recurrent networks on CUDA does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, training: bool) -> torch.Tensor:
+        ctx.training = training
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        if not ctx.training:
+            raise RuntimeError("backward can only be called in training mode")
+        return cotangent, None
+
+
+class _Shaken(torch.autograd.Function):
+    """The identity, whose backward pass draws."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        return cotangent * (1 + 0.5 * torch.randn_like(cotangent))
+
+
+def _train_only(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return _InTrainingOnly.apply(x, model.training)
+
+
+def _detach_in_evaluation(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x if model.training else x.detach()
+
+
+def _shake(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return _Shaken.apply(x)
+
+
+@pytest.mark.parametrize("change", [_train_only, _detach_in_evaluation, _shake])
+def test_losses_alone_are_compared_where_the_gradient_tells_nothing(change: Callable[..., torch.Tensor]) -> None:
+    def changed(model: nn.Module, batch: Batch) -> Any:
+        return nn.functional.cross_entropy(change(model, model(batch[0])), batch[1])
+
+    def in_order(model: nn.Module, batch: Batch) -> Any:
+        weights = torch.linspace(0.0, 1.0, len(batch[1]), dtype=torch.float64)
+        losses = nn.functional.cross_entropy(change(model, model(batch[0])), batch[1], reduction="none")
+        return (losses * weights).mean()
+
+    batches = make_batches((24,), 4)
+    plan = cheapgrad.plan(make_mlp(3), changed, batches, flops="60 %", strategies=ROWS, skip_small=False)
+    assert not any("nobody checked" in remark for remark in plan.remarks)
+    with pytest.raises(BatchOrderError, match="for the same 24 examples in another order"):
+        cheapgrad.plan(make_mlp(3), in_order, batches, flops="60 %", strategies=ROWS, skip_small=False)
+
+
+def test_losses_are_compared_in_their_own_precision() -> None:
+    model = make_mlp(3).bfloat16()
+
+    def in_order(model: nn.Module, batch: Batch) -> Any:
+        weights = torch.linspace(0.0, 1.0, len(batch[1]))
+        # The loss alone tells: 4096 units in the last place of a parameter are several times the loss.
+        scores = _detach_in_evaluation(model, model(batch[0].bfloat16()).float())
+        losses = nn.functional.cross_entropy(scores, batch[1], reduction="none")
+        return (losses * weights).mean()
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model[-1].bias.copy_(torch.arange(5))
+    with pytest.raises(BatchOrderError):
+        cheapgrad.plan(model, in_order, make_batches((24,), 4), flops="60 %", strategies=ROWS, skip_small=False)
+
+
 def test_a_loss_that_draws_in_evaluation_mode_too_has_an_order_that_nobody_checked() -> None:
     def always_drops(model: nn.Module, batch: Batch) -> Any:
         return loss_fn(model, (nn.functional.dropout(batch[0], 0.1, training=True), batch[1]))

@@ -18,8 +18,8 @@ from cheapgrad.auditing._relative import relative
 from cheapgrad.auditing._step import Step
 from cheapgrad.auditing.report import AuditReport, LayerAudit
 
-# By how much the noise fraction of all parameters but one has to exceed that of all for a remark.
-_HIDDEN = 2.0
+# The noise fraction of all parameters but one that is worth a remark, and by how much it has to exceed that of all.
+_NOTICED, _HIDDEN = 0.02, 2.0
 
 
 @dataclass(frozen=True)
@@ -188,13 +188,12 @@ def _say_hidden(findings: Findings, added: Tensor) -> str:
     others = torch.arange(len(noise)) != largest
     fraction = relative(float(added.sum()), float(noise.sum()))
     of_others = relative(float(added[others].sum()), float(noise[others].sum()))
-    if not (fraction > 0 and _HIDDEN * fraction <= of_others < math.inf):
+    if not max(_NOTICED, _HIDDEN * fraction) <= of_others < math.inf:
         return ""
     return (
         f"{100 * float(noise[largest] / noise.sum()):.0f} % of the mini-batch's variance is in "
-        f"{findings.step.names[largest]}, to which less is added than to others: over the other parameters the noise "
-        f"fraction is {of_others:.2g}, and that is nearer to what an optimizer meets that scales parameters one by "
-        "one, as Adam does"
+        f"{findings.step.names[largest]}, whose own noise fraction is smaller: over the other parameters it is "
+        f"{of_others:.2g}, which counts for an optimizer that scales parameters one by one, as Adam does"
     )
 
 

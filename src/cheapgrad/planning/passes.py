@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -155,24 +156,55 @@ def _check_order(step: Step, batch: Any) -> list[str]:
         return tensor[order.to(tensor.device)] if tensor.dim() else tensor
 
     with evaluating(step.model), step.undisturbed():
-        first, gradient = _evaluate(step, batch)
-        other, other_gradient = _evaluate(step, tree_map_only(Tensor, reorder, batch))
-        distance = measure_distance(gradient, other_gradient)
-        if not _differ(first, other) and is_same_order(distance, first.dtype):
+        first, other = _evaluate(step, batch), _evaluate(step, tree_map_only(Tensor, reorder, batch))
+        if first.is_same(other):
             return []
-        again, again_gradient = _evaluate(Step(step.model, step.loss_fn, step.seed + 1), batch)
-    if _differ(first, again) or not is_same_order(measure_distance(gradient, again_gradient), first.dtype):
+        again = _evaluate(Step(step.model, step.loss_fn, step.seed + 1), batch)
+    if _differ(first.loss, again.loss):
         return [say_unchecked("it draws random numbers in evaluation mode too")]
+    if not first.is_same(again):
+        # A backward pass that draws by itself, or is not finite; its gradient tells nothing.
+        first = _Evaluated(first.loss, [])
+        if first.is_same(other):
+            return []
     raise BatchOrderError(
-        f"the loss is {float(first):.8g}, but {float(other):.8g} for the same {size} examples in another order, and "
-        f"the gradient differs by {distance:.2g} of its length: entries along the first axis are not examples of their "
-        "own; put the examples first, or let loss_fn arrange the batch"
+        f"the loss is {float(first.loss):.8g}, but {float(other.loss):.8g} for the same {size} examples in another "
+        f"order, and the gradient differs by {first.measure_distance(other):.2g} of its length: entries along the "
+        "first axis are not examples of their own; put the examples first, or let loss_fn arrange the batch"
     )
 
 
-def _evaluate(step: Step, batch: Any) -> tuple[Tensor, list[Tensor]]:
-    gradient, _ = step.gradient(batch)
-    return torch.tensor(step.last_loss, dtype=step.parameters[0].dtype), gradient
+@dataclass(frozen=True)
+class _Evaluated:
+    """Loss and gradient in evaluation mode.
+
+    Attributes:
+        loss: a scalar.
+        gradient: of all parameters; empty where it is unknown.
+    """
+
+    loss: Tensor
+    gradient: list[Tensor]
+
+    def measure_distance(self, other: _Evaluated) -> float:
+        """Return the relative distance of both gradients; 0 where one is unknown."""
+        return measure_distance(self.gradient, other.gradient) if self.gradient and other.gradient else 0.0
+
+    def is_same(self, other: _Evaluated) -> bool:
+        """Tell whether losses and gradients differ by rounding only."""
+        dtype = self.gradient[0].dtype if self.gradient else self.loss.dtype
+        return not _differ(self.loss, other.loss) and is_same_order(self.measure_distance(other), dtype)
+
+
+def _evaluate(step: Step, batch: Any) -> _Evaluated:
+    with torch.no_grad():
+        loss = step.loss(batch)
+    try:
+        gradient, _ = step.gradient(batch)
+    except (BackwardError, LossError):
+        # Some operations have no backward pass outside training mode; the loss alone is compared then.
+        gradient = []
+    return _Evaluated(loss, gradient)
 
 
 def _differ(first: Tensor, second: Tensor) -> bool:

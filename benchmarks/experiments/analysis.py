@@ -87,12 +87,14 @@ def list_distinct(rows: Iterable[Row]) -> list[Row]:
 def compare_all(results: TaskResults) -> dict[tuple[str, bool], tuple[Comparison, float]]:
     """Return for every method its difference to exact training, and Holm's p-value over all methods of the task.
 
-    Rows that share their runs are one method, and count once.
+    Rows that share their runs are one method, and count once; a ruler is no method.
     """
     found = {
         (row.label, row.is_tuned): comparison
         for row in list_distinct(results.rows)
-        if row is not results.exact and (comparison := compare_rows(results, row, results.exact)) is not None
+        if row is not results.exact
+        and not row.is_ruler
+        and (comparison := compare_rows(results, row, results.exact)) is not None
     }
     adjusted = correct_for_many({repr(key): comparison.p_value for key, comparison in found.items()})
     return {key: (comparison, adjusted[repr(key)]) for key, comparison in found.items()}
@@ -111,7 +113,7 @@ def time_share(results: TaskResults, row: Row) -> float | None:
 
 def is_shorter(row: Row) -> bool:
     """Tell whether a row is exact training of fewer steps."""
-    return row.match_by == "time, steps" or row.match_by.startswith("steps, ")
+    return row.match_by == "time, steps" or row.is_ruler
 
 
 def _steps_share(results: TaskResults, row: Row) -> float | None:
@@ -150,7 +152,7 @@ def find_rivals(results: TaskResults, row: Row) -> list[Row]:
         and rival.runs
         and rival.is_tuned == row.is_tuned
         and "larger" not in rival.match_by
-        and not rival.match_by.startswith("steps, ")
+        and not rival.is_ruler
     ]
 
 
@@ -186,62 +188,6 @@ def measure_reach(results: TaskResults, row: Row) -> Reach:
         predicted=None if omega is None else _predict(results.exact, omega),
         noise_dominated=None if omega is None else 1 + omega,
     )
-
-
-@dataclass(frozen=True)
-class Equivalent:
-    """Steps of a method, divided by those of the exact training that ends with the same loss on test data.
-
-    Attributes:
-        ratio: by the mean difference to exact training; infinite beyond the shortest exact training that was run.
-        low: end of the 95 % interval.
-        high: end of the interval.
-    """
-
-    ratio: float
-    low: float
-    high: float
-
-
-def measure_equivalent(results: TaskResults, row: Row) -> Equivalent | None:
-    """Return how many steps of exact training those of a method are worth; None without exact trainings of fewer steps.
-
-    Each training has its whole schedule, so that nothing is read off the middle of one. Between exact trainings the
-    loss is taken as straight in the logarithm of the steps; on below that of the longest with the slope of its
-    neighbour. The interval is that of the method's difference to exact training, paired by seed.
-    """
-    comparison = compare_rows(results, row, results.exact, "test_loss")
-    points = _list_shorter(results)
-    if comparison is None or len(points) < 2:
-        return None
-    found = (_find_log_share(points, loss) for loss in (comparison.mean, comparison.low, comparison.high))
-    steps = row.declaration["steps"] / results.exact.declaration["steps"]
-    return Equivalent(*(math.inf if share is None else steps * math.exp(share) for share in found))
-
-
-def _list_shorter(results: TaskResults) -> list[tuple[float, float]]:
-    """Return log(steps of exact training ÷ steps) and loss − that of exact training, of it and of shorter ones."""
-    points = {0.0: 0.0}
-    for row in list_distinct(results.rows):
-        if not is_shorter(row) or row.is_tuned or row.run_ids == results.exact.run_ids:
-            continue
-        comparison = compare_rows(results, row, results.exact, "test_loss")
-        if comparison is not None and comparison.pairs == len(results.exact.runs):
-            share = math.log(results.exact.declaration["steps"] / row.declaration["steps"])
-            points[share] = comparison.mean
-    rising: list[tuple[float, float]] = []
-    for share, loss in sorted(points.items()):
-        # Fewer steps that end no worse are noise.
-        if not rising or loss > rising[-1][1]:
-            rising.append((share, loss))
-    return rising
-
-
-def _find_log_share(points: Sequence[tuple[float, float]], loss: float) -> float | None:
-    for (share, value), (next_share, next_value) in itertools.pairwise(points):
-        if loss <= next_value:
-            return share + (next_share - share) * (loss - value) / (next_value - value)
-    return None
 
 
 def _interpolate(curve: Sequence[dict[str, Any]], step: float) -> float:

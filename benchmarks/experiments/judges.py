@@ -126,8 +126,9 @@ def judge_memory(results: TaskResults) -> Finding | None:
     shares = [(row, share) for row in rows if (share := bytes_share(results, row)) is not None]
     if not shares:
         return None
-    plain, fewest = shares[0], min(shares, key=lambda each: each[1])
-    row, share = plain if plain[1] <= 1 / _FEWER_BYTES else fewest
+    plain = next((each for each in shares if each[0].label == _MEMORY_RECIPES[0]), None)
+    fewest = min(shares, key=lambda each: each[1])
+    row, share = plain if plain is not None and plain[1] <= 1 / _FEWER_BYTES else fewest
     comparison = compare_rows(results, row, results.exact)
     if comparison is None:
         return None
@@ -136,8 +137,8 @@ def judge_memory(results: TaskResults) -> Finding | None:
     # Few seeds find no difference however large it is: the mean has to be small too. NaN, of one seed, is not.
     is_as_good = loss <= noise and say_winner(results, comparison) != "the one beside it"
     text = f"{1 / share:.1f}× fewer bytes, {say_difference(results, comparison)}, seed noise ± {noise:.3f}"
-    if row is not plain[0]:
-        text += f" ({name_row(row)}; as it is {1 / plain[1]:.1f}×)"
+    if row.label != _MEMORY_RECIPES[0]:
+        text += f" ({name_row(row)}; as it is {'not run' if plain is None else f'{1 / plain[1]:.1f}×'})"
     return Finding(is_as_good and share <= 1 / _FEWER_BYTES, text, comparison.pairs)
 
 

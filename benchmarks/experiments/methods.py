@@ -39,7 +39,7 @@ REMEDIES = {"last 20 % exact": (0.8, 1.0), "first 20 % exact": (0.0, 0.2)}
 SMALL_TOO = "recipes.memory(4), small layers too"
 FIRST_EXACT = f"{SMALL_TOO}, first layer exact"
 # Of the steps, in exact trainings that others are measured with: which of them ends as well?
-RULER = (0.7, 0.4)
+RULER, RULER_BY = (0.7, 0.4), "steps, "
 # Where the refreshed basis of rank-constrained sketches is found anew.
 _REFRESH_STEPS = 10
 
@@ -130,6 +130,11 @@ class Method:
     def is_adaptive(self) -> bool:
         """Whether what a step costs depends on the state of the training."""
         return self.planned_flops is not None or self.controlled_noise is not None
+
+    @property
+    def is_ruler(self) -> bool:
+        """Whether it is exact training of fewer steps, made to measure others with."""
+        return self.match is not None and self.match.by.startswith(RULER_BY)
 
     @property
     def is_converted(self) -> bool:
@@ -287,8 +292,8 @@ def _published() -> list[Method]:
 
 
 def _leave_first_layer(model: nn.Module) -> tuple[cheapgrad.Rule, ...]:
-    """Return the memory recipe for all modules but the first that has weights."""
-    first = next(module for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
+    """Return the memory recipe for all modules but the first layer: parameters of a whole network are no layer."""
+    first = next(module for module in model.modules() if not list(module.children()) and list(module.parameters()))
     (rule,) = recipes.memory(4)
     return (dataclasses.replace(rule, pattern=lambda name, module: module is not first),)
 
@@ -349,7 +354,7 @@ def _fair_baselines() -> list[Method]:
         Method(f"smaller batch, time of {label}", "batch", match=by_time) for label, by_time in by_batch.items()
     ]
     ruler = [
-        Method(f"exact, {100 * share:.0f} % of the steps", "steps", match=Match(EXACT.label, f"steps, {share}"))
+        Method(f"exact, {100 * share:.0f} % of the steps", "steps", match=Match(EXACT.label, f"{RULER_BY}{share}"))
         for share in RULER
     ]
     memory = "recipes.memory(4)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -155,20 +154,27 @@ def draw_predictions(all_results: Sequence[TaskResults]) -> bytes:
     highest = 1.2
     for number, results in enumerate(all_results):
         colour = colormaps["tab10"](number % 10)
-        found = [each for each in list_predictions(results) if math.isfinite(each.measured.ratio)]
+        found = list_predictions(results)
         for each in found:
             measured = each.measured
+            middle, low, high = (
+                min(value, measured.longest) for value in (measured.ratio, measured.low, measured.high)
+            )
+            is_open = measured.high > measured.longest
+            marker = "s" if each.row.match_label else "o"
             for panel, predicted in zip(panels, (each.predicted, each.predicted_adamw), strict=True):
-                top = measured.high if math.isfinite(measured.high) else measured.ratio
-                span = [[max(0.0, measured.ratio - measured.low)], [top - measured.ratio]]
-                marker = "s" if each.row.match_label else "o"
-                panel.errorbar(predicted, measured.ratio, yerr=span, color=colour, marker=marker, capsize=2)
-                highest = max(highest, predicted, measured.ratio)
+                panel.errorbar(
+                    predicted, middle, yerr=[[middle - low], [high - middle]], color=colour, marker=marker, capsize=2
+                )
+                if is_open:
+                    # The ruler ends here, and what is measured with it does not.
+                    panel.plot(predicted, high, "^", color=colour, markersize=9, fillstyle="none")
+                highest = max(highest, predicted, middle)
         if found:
             panels[0].plot([], [], "o", color=colour, label=results.task)
     for panel, name in zip(panels, names, strict=True):
         panel.plot([0.9, highest], [0.9, highest], color="#999999", linewidth=1, zorder=0)
-        panel.set_title(f"noise {name}; squares: smaller batches", fontsize=9, loc="left")
+        panel.set_title(f"noise {name}; squares: smaller batches; triangles: or more", fontsize=9, loc="left")
         panel.set_xlabel("steps ÷ exact, predicted")
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("steps ÷ those of the exact training that ends as well")

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.experiments.analysis import Equivalent, list_distinct, measure_equivalent
+from benchmarks.experiments.analysis import list_distinct
+from benchmarks.experiments.equivalent import Equivalent, measure_equivalent
 from benchmarks.experiments.methods import EXACT
 from benchmarks.experiments.results import Row, TaskResults
 from benchmarks.experiments.statistics import summarise
-from benchmarks.experiments.tables import name_all, write_equivalent, write_number, write_table
+from benchmarks.experiments.tables import UNKNOWN, name_all, write_equivalent, write_number, write_table
 from cheapgrad.planning import tradeoff
+
+_UNITS = ("", "_adamw")
 
 
 @dataclass(frozen=True)
@@ -21,16 +24,18 @@ class Prediction:
 
     Attributes:
         row: the method.
-        omega: added variance ÷ that of the mini-batch, every entry alike.
+        omega: added variance ÷ that of the mini-batch, every entry alike, at each point of the training.
+        omega_of_others: the same without the tensor that has most of the mini-batch's variance.
         omega_adamw: the same in units of AdamW's steps.
-        predicted: ratio of steps by the first.
-        predicted_adamw: ratio of steps by the second.
+        predicted: ratio of steps by `omega`.
+        predicted_adamw: ratio of steps by `omega_adamw`.
         measured: steps of the method ÷ those of the exact training that ends as well.
     """
 
     row: Row
-    omega: float
-    omega_adamw: float
+    omega: tuple[float, ...]
+    omega_of_others: tuple[float | None, ...]
+    omega_adamw: tuple[float, ...]
     predicted: float
     predicted_adamw: float
     measured: Equivalent
@@ -48,26 +53,36 @@ def list_predictions(results: TaskResults) -> list[Prediction]:
             continue
         points = [_weigh(results, row, point["methods"]) for point in results.weighed]
         known = [each for each in points if each is not None]
-        if known:
-            found.append(Prediction(row, *(summarise(values)[0] for values in zip(*known, strict=True)), measured))
+        if not known:
+            continue
+        omega, of_others, omega_adamw = zip(*(noise for noise, _ in known), strict=True)
+        ratios = (summarise(values)[0] for values in zip(*(each for _, each in known), strict=True))
+        found.append(Prediction(row, omega, of_others, omega_adamw, *ratios, measured=measured))
     return found
 
 
-def _weigh(results: TaskResults, row: Row, methods: dict[str, dict[str, Any]]) -> tuple[float, ...] | None:
-    """Return both omegas and both ratios of steps at one point of the training."""
+def _weigh(
+    results: TaskResults, row: Row, methods: dict[str, dict[str, Any]]
+) -> tuple[tuple[float, float | None, float], list[float]] | None:
+    """Return the omegas and both ratios of steps at one point of the training.
+
+    How much noise exact training has beside its signal is a property of the training, not of the method.
+    """
+    exact = methods[EXACT.step_words]
     if row.match_by == "time, batch":
-        found = methods[EXACT.step_words]
-        plain = weighed = results.exact.declaration["batch_size"] / row.declaration["batch_size"] - 1
+        more = results.exact.declaration["batch_size"] / row.declaration["batch_size"] - 1
+        omegas = (more, more, more)
     elif not row.match_label and row.words in methods:
-        found = methods[row.words]
-        plain, weighed = (found[name] * (1 - row.exact_share) for name in ("omega", "omega_adamw"))
+        own, share = methods[row.words], 1 - row.exact_share
+        of_others = own["omega_of_others"]
+        omegas = (own["omega"] * share, None if of_others is None else of_others * share, own["omega_adamw"] * share)
     else:
         return None
-    ratios = [
-        tradeoff(1.0, omega, noise_to_target=math.inf if found[name] is None else found[name]).steps_ratio
-        for omega, name in ((plain, "noise_to_signal"), (weighed, "noise_to_signal_adamw"))
-    ]
-    return plain, weighed, *ratios
+    ratios = []
+    for omega, unit in zip((omegas[0], omegas[2]), _UNITS, strict=True):
+        ratio = exact[f"noise_to_signal{unit}"]
+        ratios.append(tradeoff(1.0, omega, noise_to_target=math.inf if ratio is None else ratio).steps_ratio)
+    return omegas, ratios
 
 
 def write_predictions(all_results: Sequence[TaskResults]) -> str:
@@ -77,14 +92,21 @@ def write_predictions(all_results: Sequence[TaskResults]) -> str:
         found = list_predictions(results)
         for each in found:
             cells = [results.task, name_all(results, each.row)]
-            cells += [f"{value:.3g}" for value in (each.omega, each.omega_adamw)]
+            cells += [_write_points(values) for values in (each.omega, each.omega_of_others, each.omega_adamw)]
             cells += [write_number(value) for value in (each.predicted, each.predicted_adamw)]
-            rows.append([*cells, write_equivalent(each.measured)])
-        if results.weighed:
+            rows.append([*cells, write_equivalent(each.measured), str(each.measured.seeds)])
+        if found:
             places.append(_say_place(results))
-    heads = "task|method|ω|ω, AdamW|predicted by ω|predicted by ω, AdamW|measured [95 %]"
-    words = f"Most of the mini-batch's variance is in {'; in '.join(places)}." if places else ""
+    heads = (
+        "task|method|ω|ω without the largest tensor|ω, AdamW|predicted by ω|predicted by ω, AdamW|measured [95 %]|seeds"
+    )
+    words = f"Largest tensor, by its share of the mini-batch's variance: {'; '.join(places)}." if places else ""
     return "\n\n".join(part for part in (write_table(heads.split("|"), rows), words) if part)
+
+
+def _write_points(values: Sequence[float | None]) -> str:
+    words = [UNKNOWN if value is None else f"{value:.2g}" for value in values]
+    return ", ".join(dict.fromkeys(words))
 
 
 def _say_place(results: TaskResults) -> str:
@@ -95,4 +117,4 @@ def _say_place(results: TaskResults) -> str:
     words = [
         f"`{name}` ({' and '.join(f'{100 * share:.0f} %' for share in shares)})" for name, shares in places.items()
     ]
-    return f"{', then '.join(words)} on {results.task}"
+    return f"{results.task}: {', then '.join(words)}"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.declaration import identify
-from benchmarks.experiments.methods import EXACT, Method
+from benchmarks.experiments.declaration import NoiseRun, identify
+from benchmarks.experiments.methods import EXACT, RULER_BY, Method
 from benchmarks.experiments.runner import Finds
 from benchmarks.experiments.store import Lines, Record
 from benchmarks.experiments.tasks import Task
@@ -78,6 +78,11 @@ class Row:
         """Added variance at every point where it was measured, all seeds together."""
         points = [point for record in self.runs.values() for point in record["result"]["noise"]]
         return [point["omega"] for point in points if point["omega"] is not None]
+
+    @property
+    def is_ruler(self) -> bool:
+        """Whether it is exact training of fewer steps, made to measure others with."""
+        return self.match_by.startswith(RULER_BY)
 
     @property
     def worst_omega(self) -> float | None:
@@ -190,7 +195,12 @@ def write_results(trials: Trials, records: Finds, command: str, directory: Path)
             "rows": rows,
         }
         same = {name: head[name] for name in ("task", "network", "data")}
-        kept = {**{key: each for key, each in before.items() if same.items() <= each["declaration"].items()}, **used}
+        # Noise that was weighed in another way is in no table.
+        kept = {
+            key: each
+            for key, each in before.items()
+            if same.items() <= each["declaration"].items() and each["declaration"]["kind"] != NoiseRun.kind
+        } | used
         if not kept:
             continue
         adaptive = {method.step_words for method in trials.methods if method.is_adaptive}

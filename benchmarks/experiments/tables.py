@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.experiments.analysis import (
-    Equivalent,
     bytes_share,
     compare_all,
     compare_rows,
@@ -14,11 +12,11 @@ from benchmarks.experiments.analysis import (
     find_rivals,
     is_shorter,
     list_distinct,
-    measure_equivalent,
     measure_reach,
     metric_of,
     time_share,
 )
+from benchmarks.experiments.equivalent import Equivalent, measure_equivalent
 from benchmarks.experiments.results import Row, TaskResults
 from benchmarks.experiments.statistics import Comparison, summarise
 
@@ -38,8 +36,8 @@ def write_task(results: TaskResults) -> str:
         lines.append(_describe_runs(results, seeds))
     lines += ["", f"![{results.task}](img/experiments_{results.slug}.png)" if seeds else _ONLY_COSTS, ""]
     if seeds:
-        lines += [_write_methods(results), "", _write_reach(results), "", _write_rivals(results), ""]
-        return "\n".join([*lines, _write_missing(results), ""])
+        parts = [_write_methods(results), _write_reach(results), _write_rivals(results), _write_missing(results)]
+        return "\n".join([*lines, "\n\n".join(filter(None, parts)), ""])
     return "\n".join([*lines, _write_costs(results), ""])
 
 
@@ -60,6 +58,8 @@ def _write_methods(results: TaskResults) -> str:
     rows = []
     for row in list_distinct(results.rows):
         comparison, p_value = compared.get((row.label, row.is_tuned), (None, None))
+        if row.is_ruler:
+            comparison = compare_rows(results, row, results.exact)
         rows.append(
             [
                 name_all(results, row),
@@ -118,13 +118,16 @@ def _write_reach(results: TaskResults) -> str:
 
 
 def write_equivalent(found: Equivalent | None) -> str:
-    """Return a ratio of steps with its interval; question marks beyond the shortest exact training."""
+    """Return a ratio of steps with its interval, no further than the ruler reaches."""
     if found is None:
         return UNKNOWN
-    ratio, low, high = (
-        f"{value:.2f}" if math.isfinite(value) else "?" for value in (found.ratio, found.low, found.high)
-    )
-    return f"{ratio} [{low}, {high}]"
+
+    def write(value: float) -> str:
+        if value > found.longest:
+            return f"> {found.longest:.2f}"
+        return "< 1" if value < 1 and f"{value:.2f}" != "1.00" else f"{value:.2f}"
+
+    return f"{write(found.ratio)} [{write(found.low)}, {write(found.high)}]"
 
 
 def _write_rivals(results: TaskResults) -> str:

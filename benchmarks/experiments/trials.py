@@ -36,7 +36,7 @@ _WEIGHED_METHODS = (
     ),
     *(f"recipes.memory({bits})" for bits in (4, 2)),
 )
-_NOISE_POINTS, _NOISE_BATCHES, _NOISE_DRAWS = (0.3, 0.7), 12, 2
+_NOISE_POINTS, _NOISE_BATCHES, _NOISE_DRAWS = (0.3, 0.7), 32, 1
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ class Trials:
             learning_rate=rate,
             seed=0,
             points=_NOISE_POINTS,
-            batches=_NOISE_BATCHES,
+            # Of one pass over the data, and no more than half of it: the batches are to be nearly independent.
+            batches=max(2, min(_NOISE_BATCHES, len(task.dataset.train) // task.batch_size // 2)),
             draws=_NOISE_DRAWS,
         )
 
@@ -266,7 +267,11 @@ class Trials:
         return [task for task in self.tasks if task.steps]
 
     def _has_own_rate(self, method: Method) -> bool:
-        return method is not EXACT and (self.tuned == "all" or (self.tuned == "some" and method.is_tuned))
+        return (
+            method is not EXACT
+            and not method.is_ruler
+            and (self.tuned == "all" or (self.tuned == "some" and method.is_tuned))
+        )
 
     def _declare_tuning(self, task: Task, records: Finds) -> Iterator[TrainingRun]:
         yield from self._declare_rates(task, EXACT, records)

@@ -43,28 +43,31 @@ class WeighedNoise:
     omega_of_others: float
 
 
-def weigh_noise(exact: Sequence[Sequence[Tensor]], added: Sequence[Tensor], epsilon: float) -> WeighedNoise:
+def weigh_noise(
+    exact: Sequence[Sequence[Tensor]], added: Sequence[Tensor], moments: Sequence[Tensor], epsilon: float
+) -> WeighedNoise:
     r"""Weigh variances by entry as AdamW weighs gradients: ``ω_A = Σ sᵢ/dᵢ² ÷ Σ σᵢ²/dᵢ²``, ``dᵢ = √(vᵢ + sᵢ) + ε``.
 
-    A step of AdamW moves entry i by its gradient over ``√v + ε``, v being a running mean of its square. Here v is the
-    mean square over the batches, of gradients at the same weights, and in a training with the noise the added variance
-    is in it too.
+    A step of AdamW moves entry i by its gradient over ``√v + ε``, v being its running mean of the gradient's square. In
+    a training with the noise the added variance is in it: an entry whose exact gradient is zero, such as the bias of
+    attention's keys, would otherwise count as infinitely noisy.
 
     Args:
         exact: gradient of each of K ≥ 2 batches, by parameter tensor.
         added: sᵢ, variance that the method adds, in the same shapes.
+        moments: vᵢ, second moments that the optimizer has, corrected for their start at zero.
         epsilon: ε of the optimizer.
     """
     totals: list[float] = []
     extras: list[float] = []
     sums = {"batch": 0.0, "added": 0.0, "signal": 0.0}
     plain_signal = 0.0
-    for parts, more in zip(zip(*exact, strict=True), added, strict=True):
+    for parts, more, moment in zip(zip(*exact, strict=True), added, moments, strict=True):
         gradients, extra = torch.stack(parts).double(), more.double()
         variance, mean = gradients.var(0), gradients.mean(0)
         # The square of a mean of K gradients has a K-th of their variance in it.
         signal = mean.square() - variance / len(exact)
-        weight = ((gradients.square().mean(0) + extra).sqrt() + epsilon).square().reciprocal()
+        weight = ((moment.double() + extra).sqrt() + epsilon).square().reciprocal()
         totals.append(float(variance.sum()))
         extras.append(float(extra.sum()))
         plain_signal += float(signal.sum())
@@ -107,14 +110,17 @@ def measure_weighed_noise(task: Task, methods: Sequence[Method], run: NoiseRun) 
         optimizer.step()
         schedule.step()
         if step in marks:
-            points.append({"step": step, **_measure_point(task, model, methods, run, step, optimizer.defaults["eps"])})
+            points.append({"step": step, **_measure_point(task, model, methods, run, step, optimizer)})
     return {"points": points}
 
 
 def _measure_point(
-    task: Task, model: nn.Module, methods: Sequence[Method], run: NoiseRun, step: int, epsilon: float
+    task: Task, model: nn.Module, methods: Sequence[Method], run: NoiseRun, step: int, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    names = [name for name, _ in model.named_parameters()]
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    settings = optimizer.defaults
+    share_seen = 1 - settings["betas"][1] ** step
+    moments = [optimizer.state[parameter]["exp_avg_sq"] / share_seen for parameter in parameters]
     batches = list(itertools.islice(draw_batches(task, run.batch_size, _BATCH_SEED + step), run.batches))
     found = {}
     with torch.random.fork_rng(devices=[]):
@@ -123,7 +129,8 @@ def _measure_point(
         exact = [plain.draw_gradient(batch) for batch in batches]
         for method in methods:
             prepared = prepare(task, method, model, batches)
-            weighed = weigh_noise(exact, _measure_added(prepared, batches, exact, run.draws), epsilon)
+            added = _measure_added(prepared, batches, exact, run.draws)
+            weighed = weigh_noise(exact, added, moments, settings["eps"])
             if prepared.handle is not None:
                 prepared.handle.revert()
             found[method.step_words] = _make_plain(weighed, names)

@@ -123,6 +123,9 @@ def test_where_the_recipe_holds_too_much_the_way_of_fewest_bytes_is_judged():
     assert not judge(70, 24, 18, accuracy=0.97).is_reached
     assert not judge(70, 29, 26).is_reached
     assert FIRST_EXACT not in judge(24, 22, 18, accuracy=0.97).text
+    # Without the recipe as it is, nothing else passes for it.
+    only = [make_row("exact", "exact"), make_row(SMALL_TOO, "memory, small layers too", held=20)]
+    assert f"({SMALL_TOO}; as it is not run)" in judge_memory(make_results("MLP", only)).text
 
 
 def test_time_to_the_target_is_that_of_steps_and_of_the_plan():

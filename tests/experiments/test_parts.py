@@ -22,7 +22,7 @@ from benchmarks.experiments.matching import Size, find_batch_size, find_time, ma
 from benchmarks.experiments.methods import EXACT, FIRST_EXACT, SMALL_TOO, list_methods
 from benchmarks.experiments.noise import measure_noise
 from benchmarks.experiments.preparing import prepare
-from benchmarks.experiments.tasks import make_bagnet_task, make_language_task, make_perceptron_task
+from benchmarks.experiments.tasks import make_bagnet_task, make_language_task, make_perceptron_task, make_quick_tasks
 from benchmarks.experiments.training import draw_batches, train
 from cheapgrad.sketch import ColumnSample
 
@@ -299,6 +299,21 @@ def test_small_layers_are_converted_where_a_method_says_so():
     assert 32 * 64 * 4 / 8 < codes < 32 * 64
     names, without_first = ({row.name for row in each.handle.rows} for each in (small_too, first_exact))
     assert names - without_first == {"blocks.0.0"}
+
+
+@pytest.mark.parametrize("kind", ["MLP", "ViT", "BagNet", "language model"])
+def test_first_layer_is_left_alone(kind):
+    (task,) = (task for task in make_quick_tasks(load(None), load_digit_pixels()) if kind in task.name)
+    model = task.build_seeded(0)
+    prepared = prepare(task, find_method(FIRST_EXACT), model, [])
+    without = {row.name for row in prepared.handle.rows}
+    prepared.handle.revert()
+    names = {row.name for row in prepare(task, find_method(SMALL_TOO), model, []).handle.rows}
+    (first,) = names - without
+    layers = [
+        name for name, module in model.named_modules() if not list(module.children()) and list(module.parameters())
+    ]
+    assert first == layers[0]
 
 
 def test_divergence_is_a_result():

@@ -10,6 +10,7 @@ import torch
 from benchmarks.experiments.datasets import load
 from benchmarks.experiments.methods import EXACT, list_methods
 from benchmarks.experiments.noise import measure_noise
+from benchmarks.experiments.pictures import draw_predictions
 from benchmarks.experiments.predictions import list_predictions, write_predictions
 from benchmarks.experiments.preparing import prepare
 from benchmarks.experiments.tasks import make_perceptron_task
@@ -19,43 +20,54 @@ from benchmarks.experiments.weighed_noise import measure_weighed_noise, weigh_no
 from tests.experiments.planted import UNIFORM, make_results, make_row, make_setting
 
 
+def mean_squares(exact):
+    return [torch.stack(parts).square().mean(0) for parts in zip(*exact, strict=True)]
+
+
 def spread(mean, deviation):
     """Return gradients of two batches: their variance is twice the squared deviation."""
     return [[mean - deviation], [mean + deviation]]
 
 
 def test_variance_of_the_steps_that_adamw_takes():
+    """AdamW itself makes its second moments, from gradients that have the noise in them."""
     torch.manual_seed(0)
-    mean, deviation = torch.tensor([0.9, 1e-2, 3e-5]).double(), torch.tensor([0.5, 3e-3, 2e-5]).double()
-    added = torch.tensor([0.1, 3e-4, 0.0]).double()
-    moments = mean**2 + deviation**2 + added
+    mean = torch.tensor([0.9, 1e-2, 3e-5, 0.0]).double()
+    deviation = torch.tensor([0.5, 3e-3, 2e-5, 1e-3]).double()
+    added = torch.tensor([0.1, 3e-4, 0.0, 2e-6]).double()
+    copies, steps, beta = 3000, 400, 0.98
 
-    def measure_steps(variance, draws=4000):
-        # A step of AdamW without momentum, from a second moment that is known: -rate * g / (sqrt(v) + eps).
-        steps = []
-        for _ in range(draws):
-            parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
-            optimizer = torch.optim.AdamW([parameter], lr=1.0, betas=(0.0, 0.999999999), weight_decay=0.0)
-            parameter.grad = torch.randn(3, dtype=torch.float64) * variance.sqrt()
-            optimizer.state[parameter] = {
-                "step": torch.tensor(1e12),
-                "exp_avg": torch.zeros(3, dtype=torch.float64),
-                "exp_avg_sq": moments.clone(),
-            }
+    def take_steps(noise, last):
+        """Return the steps that copies of the parameters take at last, without momentum, and the second moments."""
+        parameter = torch.nn.Parameter(torch.zeros(copies, 4, dtype=torch.float64))
+        optimizer = torch.optim.AdamW([parameter], lr=1.0, betas=(0.0, beta), weight_decay=0.0)
+        for step in range(steps):
+            gradient = mean + deviation * torch.randn_like(parameter) + noise.sqrt() * torch.randn_like(parameter)
+            parameter.grad = gradient if step < steps - 1 else last
+            before = parameter.detach().clone()
             optimizer.step()
-            steps.append(parameter.detach().clone())
-        return float(torch.stack(steps).var(0).sum())
+        moments = optimizer.state[parameter]["exp_avg_sq"] / (1 - beta**steps)
+        return parameter.detach() - before, moments.mean(0)
 
-    found = weigh_noise(spread(mean, deviation), [added], epsilon=1e-8)
-    measured = measure_steps(added) / measure_steps(2 * deviation**2)
-    assert found.omega_adamw == pytest.approx(measured, rel=0.1)  # two sums of variances of 4000 draws: 3 % each
-    assert abs(found.omega / measured - 1) > 0.5
+    shaken = torch.zeros(copies, 4).double()
+    variances = [
+        float(take_steps(added, scale * torch.randn_like(shaken))[0].var(0).sum())
+        for scale in (added.sqrt(), deviation)
+    ]
+    _, moments = take_steps(torch.zeros(4).double(), shaken)
+    # Two batches that have exactly this variance.
+    found = weigh_noise(spread(mean, deviation / 2**0.5), [added], [moments], epsilon=1e-8)
+    # Moments of some fifty gradients scatter, and 1/v is curved.
+    assert found.omega_adamw == pytest.approx(variances[0] / variances[1], rel=0.08)
+    assert abs(found.omega / found.omega_adamw - 1) > 0.3
+    blind = weigh_noise(spread(mean, deviation / 2**0.5), [added], mean_squares(spread(mean, deviation)), 1e-8)
+    assert blind.omega == found.omega
 
 
 def test_a_layer_of_most_variance_hides_the_others():
     head, body = torch.full((10,), 3.0), torch.full((90,), 0.3)
     exact = [[-head, -body], [head, body]]
-    found = weigh_noise(exact, [torch.zeros(10), torch.full((90,), 0.09)], epsilon=0.0)
+    found = weigh_noise(exact, [torch.zeros(10), torch.full((90,), 0.09)], mean_squares(exact), epsilon=0.0)
     assert (found.largest, found.its_share) == (0, pytest.approx(180 / (180 + 16.2)))
     assert found.omega == pytest.approx(8.1 / 196.2)
     assert found.omega_of_others == pytest.approx(0.5)
@@ -66,11 +78,21 @@ def test_a_layer_of_most_variance_hides_the_others():
 def test_alike_where_all_entries_are_alike_and_the_signal_is_that_of_the_expectation():
     torch.manual_seed(1)
     exact = [[1 + 2 * torch.randn(20000)] for _ in range(12)]
-    found = weigh_noise(exact, [torch.full((20000,), 0.8)], epsilon=0.0)
+    found = weigh_noise(exact, [torch.full((20000,), 0.8)], [torch.full((20000,), 5.0)], epsilon=0.0)
     assert found.omega == pytest.approx(0.2, rel=0.02)
     # The squared mean of twelve has a twelfth of the variance in it: 4 / (1 + 4 / 12) = 3 would be wrong.
     assert found.noise_to_signal == pytest.approx(4, rel=0.05)
-    assert weigh_noise(spread(torch.zeros(5), torch.ones(5)), [torch.ones(5)], 0.0).noise_to_signal == float("inf")
+    assert found.noise_to_signal_adamw == pytest.approx(found.noise_to_signal)
+    without = weigh_noise(spread(torch.zeros(5), torch.ones(5)), [torch.ones(5)], [torch.ones(5)], 0.0)
+    assert without.noise_to_signal == float("inf")
+
+
+def test_an_entry_whose_exact_gradient_is_zero_is_not_infinitely_noisy():
+    exact = [[torch.zeros(1), -torch.ones(3)], [torch.zeros(1), torch.ones(3)]]
+    moments = [torch.full((1,), 1e-20), torch.ones(3)]
+    found = weigh_noise(exact, [torch.full((1,), 1e-6), torch.full((3,), 0.5)], moments, epsilon=1e-8)
+    # One such entry counts as one, and no more.
+    assert found.omega_adamw == pytest.approx((1 + 3 * 0.5 / 1.5) / (3 * 2 / 1.5), rel=1e-3)
 
 
 @pytest.fixture
@@ -83,9 +105,11 @@ def trials():
 def test_noise_is_that_of_the_method_at_the_weights_of_exact_training(trials, monkeypatch):
     monkeypatch.setattr(Trials, "choose_rate", lambda self, task, method, records: 1e-2)
     (task,) = trials.tasks
-    run = replace(trials.declare_noise(task, None), points=(0.5,), draws=20)
-    found = trials.execute(run)["points"][0]
     uniform = next(method for method in trials.methods if method.label == "uniform masks, rows 0.5")
+    run = trials.declare_noise(task, None)
+    assert set(run.methods) > {"exact", uniform.step_words}
+    run = replace(run, methods=("exact", uniform.step_words), points=(0.5,), draws=20)
+    found = trials.execute(run)["points"][0]
     assert found["step"] == 2
     assert found["methods"]["exact"]["omega"] == found["methods"]["exact"]["omega_adamw"] == 0
 
@@ -99,7 +123,8 @@ def test_noise_is_that_of_the_method_at_the_weights_of_exact_training(trials, mo
         optimizer.step()
         schedule.step()
     others = draw_batches(task, 32, 5000 + 2)
-    expected = measure_noise(prepare(task, uniform, model, []), [next(others) for _ in range(12)], draws=20)
+    assert run.batches == len(task.dataset.train) // 32 // 2
+    expected = measure_noise(prepare(task, uniform, model, []), [next(others) for _ in range(run.batches)], draws=20)
     assert found["methods"][uniform.step_words]["omega"] == pytest.approx(expected["omega"], rel=0.1)
     assert found["methods"][uniform.step_words]["noise_to_signal"] == pytest.approx(
         expected["mini_batch_variance"] / expected["squared_gradient"], rel=1e-4
@@ -109,7 +134,7 @@ def test_noise_is_that_of_the_method_at_the_weights_of_exact_training(trials, mo
 def test_weights_of_the_model_are_not_touched_by_what_is_measured(trials, monkeypatch):
     monkeypatch.setattr(Trials, "choose_rate", lambda self, task, method, records: 1e-2)
     (task,) = trials.tasks
-    run = replace(trials.declare_noise(task, None), batches=2, draws=1)
+    run = replace(trials.declare_noise(task, None), batches=2)
     alone = measure_weighed_noise(task, [EXACT], run)
     beside = trials.execute(run)
     assert beside["points"][1]["methods"]["exact"] == alone["points"][1]["methods"]["exact"]
@@ -122,43 +147,61 @@ def test_it_is_made_only_where_it_is_wanted(trials, monkeypatch):
     assert trials.declare_noise(trials.tasks[0], None) is None
 
 
-def test_predictions_follow_from_noise_in_both_units():
-    def weigh(omega, omega_adamw, noise_to_signal, noise_to_signal_adamw):
-        return {
-            "omega": omega,
-            "omega_adamw": omega_adamw,
-            "noise_to_signal": noise_to_signal,
-            "noise_to_signal_adamw": noise_to_signal_adamw,
-            "largest": "head.weight",
-            "its_share": 0.6,
-        }
+def weigh(omega, of_others, omega_adamw, noise_to_signal, noise_to_signal_adamw):
+    return {
+        "omega": omega,
+        "omega_adamw": omega_adamw,
+        "noise_to_signal": noise_to_signal,
+        "noise_to_signal_adamw": noise_to_signal_adamw,
+        "largest": "head.weight",
+        "its_share": 0.6,
+        "omega_of_others": of_others,
+    }
 
-    point = {"step": 50, "methods": {"exact": weigh(0, 0, 1.0, None), UNIFORM: weigh(0.5, 1.0, 1.0, None)}}
+
+def test_predictions_follow_from_noise_in_both_units():
+    # What the method itself has as noise and signal does not count: 5 and 7 are in no prediction.
+    methods = {"exact": weigh(0, 0, 0, 1.0, None), UNIFORM: weigh(0.5, 0.8, 1.0, 5.0, 7.0)}
     shorter = make_row("fewer steps", "steps", loss=1.1, steps=40, match="another", by="time, steps")
     setting = make_setting("recipes.speed(0.5)", time=0.8, smaller=0.975, omega=0.1)
     uniform = make_row(UNIFORM, "uniform rows", loss=1.05, omega=0.5)
-    results = replace(make_results("ViT", [make_row("exact", "exact"), *setting, uniform, shorter]), weighed=(point,))
-    rows = {each.row.label: each for each in list_predictions(results)}
+    rows = [make_row("exact", "exact"), *setting, uniform, shorter]
+    results = replace(make_results("ViT", rows), weighed=({"step": 50, "methods": methods},))
+    found = {each.row.label: each for each in list_predictions(results)}
     # Of the recipe nothing was weighed; fewer steps are what is measured with.
-    assert set(rows) == {UNIFORM, "smaller batch, time of recipes.speed(0.5)"}
-    found = rows[UNIFORM]
+    assert set(found) == {UNIFORM, "smaller batch, time of recipes.speed(0.5)"}
+    ours = found[UNIFORM]
     # (sqrt(2.5) + sqrt(1.5))^2 / (sqrt(2) + 1)^2 where noise and signal are alike; 1 + omega where noise decides.
-    assert found.predicted == pytest.approx((2.5**0.5 + 1.5**0.5) ** 2 / (2**0.5 + 1) ** 2)
-    assert found.predicted_adamw == pytest.approx(2.0)
-    assert found.measured.ratio == pytest.approx(2.5**0.5, rel=1e-3)
-    batch = rows["smaller batch, time of recipes.speed(0.5)"]
-    assert batch.omega == batch.omega_adamw == pytest.approx(0.25)
+    assert ours.predicted == pytest.approx((2.5**0.5 + 1.5**0.5) ** 2 / (2**0.5 + 1) ** 2)
+    assert ours.predicted_adamw == pytest.approx(2.0)
+    assert ours.measured.ratio == pytest.approx(2.5**0.5, rel=1e-3)
+    batch = found["smaller batch, time of recipes.speed(0.5)"]
+    assert batch.omega == batch.omega_adamw == (0.25,)
     assert batch.predicted_adamw == pytest.approx(1.25)
     page = write_predictions([results])
-    assert "| ViT on data | uniform masks, rows 0.3 | 0.5 | 1 | 1.35 | 2.00 | 1.58 [" in page
-    assert page.endswith("Most of the mini-batch's variance is in `head.weight` (60 %) on ViT on data.")
+    assert "| ViT on data | uniform masks, rows 0.3 | 0.5 | 0.8 | 1 | 1.35 | 2.00 | 1.58 [" in page
+    assert page.endswith("variance: ViT on data: `head.weight` (60 %).")
     assert write_predictions([replace(results, weighed=())]) == ""
+    assert draw_predictions([results]).startswith(b"\x89PNG")
+
+
+def test_both_points_of_a_training_are_shown_and_their_ratios_averaged():
+    points = tuple(
+        {"step": step, "methods": {"exact": weigh(0, 0, 0, None, None), UNIFORM: weigh(omega, 1, 2 * omega, 1, 1)}}
+        for step, omega in ((30, 0.2), (70, 0.4))
+    )
+    shorter = make_row("fewer steps", "steps", loss=1.1, steps=40, match="another", by="time, steps")
+    rows = [make_row("exact", "exact"), make_row(UNIFORM, "uniform rows", loss=1.05, omega=0.3), shorter]
+    results = replace(make_results("ViT", rows), weighed=points)
+    (found,) = list_predictions(results)
+    assert (found.predicted, found.predicted_adamw) == (pytest.approx(1.3), pytest.approx(1.6))
+    assert "| 0.2, 0.4 | 1 | 0.4, 0.8 | 1.30 | 1.60 |" in write_predictions([results])
 
 
 def test_exact_steps_have_no_noise():
     words = "recipes.speed(0.3)"
-    weighed = {"omega": 0.5, "omega_adamw": 1.0, "noise_to_signal": None, "noise_to_signal_adamw": None}
-    point = {"step": 1, "methods": {"exact": {**weighed, "largest": "a", "its_share": 1.0}, words: weighed}}
+    weighed = weigh(0.5, 0.5, 1.0, None, None)
+    point = {"step": 1, "methods": {"exact": weighed, words: weighed}}
     row = make_row(f"{words}, last 20 % exact", "speed", loss=1.01, omega=0.5, words=words, exact_share=0.2)
     shorter = make_row("fewer", "steps", loss=1.1, steps=40, match="another", by="time, steps")
     (found,) = list_predictions(

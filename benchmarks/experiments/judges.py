@@ -17,6 +17,7 @@ from benchmarks.experiments.analysis import (
 )
 from benchmarks.experiments.choices import list_faster, saves_time
 from benchmarks.experiments.methods import FIRST_EXACT, SMALL_TOO
+from benchmarks.experiments.predictions import list_predictions
 from benchmarks.experiments.results import Row, TaskResults
 from benchmarks.experiments.statistics import Comparison, correct_for_many, summarise
 from benchmarks.experiments.tables import name_row, say_difference, say_winner, write_number
@@ -297,3 +298,40 @@ def judge_theory(results: TaskResults) -> Finding | None:
         parts.append(f"target missed as predicted, by how much not known: {', '.join(unknown)}")
     is_near = all(abs(ratio - 1) <= _PREDICTED_WITHIN for ratio in ratios)
     return Finding(is_near and telling > 0 and not contradictions, "; ".join(parts), min(seeds))
+
+
+def judge_weighed_theory(results: TaskResults) -> Finding | None:
+    """Judge the number of steps that noise in units of the optimizer's steps predicts, against whole trainings.
+
+    As for `judge_theory`, one method at least has to have been measured that was predicted to take longer by more than
+    the error that is allowed, and smaller batches are no such methods. Beyond the end of the ruler nothing is known but
+    that a prediction which lies well before it is wrong.
+    """
+    found = [each for each in list_predictions(results) if not each.row.is_biased]
+    if not found:
+        return None
+    ratios, telling, contradictions, unknown = [], 0, [], 0
+    for each in found:
+        predicted, measured = each.predicted_adamw, each.measured
+        if measured.ratio <= measured.longest:
+            # Better than exact is what a ratio of 1 looks like with scatter.
+            ratios.append(max(measured.ratio, 1.0) / predicted)
+            telling += predicted > 1 + _PREDICTED_WITHIN and not each.row.match_label
+        elif predicted * (1 + _PREDICTED_WITHIN) < measured.longest:
+            contradictions.append(
+                f"{name_row(each.row)} (predicted {predicted:.2f}, measured > {measured.longest:.2f})"
+            )
+        else:
+            unknown += 1
+    parts = []
+    if ratios:
+        methods = f"{len(ratios)} method" + "s" * (len(ratios) != 1)
+        words = f"measured ÷ predicted {min(ratios):.2f} to {max(ratios):.2f}, {methods}"
+        parts.append(f"{words}, {telling} of them predicted to take over {100 * _PREDICTED_WITHIN:.0f} % longer")
+    if contradictions:
+        parts.append(f"beyond the ruler although predicted within it: {', '.join(contradictions)}")
+    if unknown:
+        parts.append(f"{unknown} beyond the ruler, as predicted")
+    is_near = all(abs(ratio - 1) <= _PREDICTED_WITHIN for ratio in ratios)
+    seeds = min(each.measured.seeds for each in found)
+    return Finding(is_near and telling > 0 and not contradictions, "; ".join(parts), seeds)

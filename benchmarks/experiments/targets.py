@@ -16,6 +16,7 @@ from benchmarks.experiments.judges import (
     judge_time,
     judge_uniform_loss,
     judge_uniform_noise,
+    judge_weighed_theory,
 )
 from benchmarks.experiments.results import KINDS, TaskResults
 from benchmarks.experiments.tables import write_table
@@ -84,6 +85,12 @@ _TARGETS = (
         "theory",
         "steps to the target predicted within 15 % on all four, by methods that are predicted to take longer",
         judge_theory,
+        4,
+    ),
+    Target(
+        "theory, by whole trainings and noise in units of AdamW's steps",
+        "the same, set later: see [noise and steps](#noise-and-steps)",
+        judge_weighed_theory,
         4,
     ),
 )

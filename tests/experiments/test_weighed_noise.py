@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.experiments.datasets import load
+from benchmarks.experiments.judges import judge_weighed_theory
 from benchmarks.experiments.methods import EXACT, list_methods
 from benchmarks.experiments.noise import measure_noise
 from benchmarks.experiments.pictures import draw_predictions
@@ -183,6 +184,33 @@ def test_predictions_follow_from_noise_in_both_units():
     assert page.endswith("variance: ViT on data: `head.weight` (60 %).")
     assert write_predictions([replace(results, weighed=())]) == ""
     assert draw_predictions([results]).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("omega", "loss", "is_reached", "words"),
+    [
+        (0.6, 1.05, True, "measured ÷ predicted 0.99 to 0.99, 1 method, 1 of them predicted"),
+        (0.3, 1.05, False, "measured ÷ predicted 1.22 to 1.22"),
+        # Hardly any noise, and as many steps as exact training: nothing that could have been wrong.
+        (0.05, 0.999, False, "0 of them predicted"),
+        (0.6, 1.2, False, "beyond the ruler although predicted within it: uniform masks, rows 0.3 (predicted 1.60"),
+        (4.0, 1.2, False, "1 beyond the ruler, as predicted"),
+    ],
+)
+def test_weighed_theory_is_judged_by_whole_trainings(omega, loss, is_reached, words):
+    methods = {"exact": weigh(0, 0, 0, None, None), UNIFORM: weigh(0.01, 0.01, omega, 1, 1)}
+    shorter = make_row("fewer steps", "steps", loss=1.1, steps=40, match="another", by="time, steps")
+    rows = [make_row("exact", "exact"), make_row(UNIFORM, "uniform rows", loss=loss, omega=0.01), shorter]
+    results = replace(make_results("ViT", rows), weighed=({"step": 1, "methods": methods},))
+    found = judge_weighed_theory(results)
+    assert (found.is_reached, found.seeds) == (is_reached, 5)
+    assert words in found.text
+    assert judge_weighed_theory(replace(results, weighed=())) is None
+    # A smaller batch tells nothing about the noise of methods.
+    batch = make_row("smaller batch", "batch", loss=1.05, batch=63, match="another", by="time, batch")
+    (found,) = [judge_weighed_theory(replace(results, rows=(rows[0], batch, shorter)))]
+    assert not found.is_reached
+    assert "0 of them predicted" in found.text
 
 
 def test_both_points_of_a_training_are_shown_and_their_ratios_averaged():

@@ -105,16 +105,17 @@ def write_predictions(all_results: Sequence[TaskResults]) -> str:
 
 
 def _write_points(values: Sequence[float | None]) -> str:
-    words = [UNKNOWN if value is None else f"{value:.2g}" for value in values]
-    return ", ".join(dict.fromkeys(words))
+    """Return the least and the largest of the points of the training."""
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return UNKNOWN
+    return " to ".join(dict.fromkeys(f"{value:.2g}" for value in (known[0], known[-1])))
 
 
 def _say_place(results: TaskResults) -> str:
     places: dict[str, list[float]] = {}
     for point in results.weighed:
         exact = point["methods"][EXACT.step_words]
-        places.setdefault(exact["largest"], []).append(exact["its_share"])
-    words = [
-        f"`{name}` ({' and '.join(f'{100 * share:.0f} %' for share in shares)})" for name, shares in places.items()
-    ]
+        places.setdefault(exact["largest"], []).append(100 * exact["its_share"])
+    words = [f"`{name}` ({min(shares):.0f} to {max(shares):.0f} %)" for name, shares in places.items()]
     return f"{results.task}: {', then '.join(words)}"

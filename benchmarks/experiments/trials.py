@@ -36,7 +36,7 @@ _WEIGHED_METHODS = (
     ),
     *(f"recipes.memory({bits})" for bits in (4, 2)),
 )
-_NOISE_POINTS, _NOISE_BATCHES, _NOISE_DRAWS = (0.3, 0.7), 32, 1
+_NOISE_POINTS, _NOISE_BATCHES, _NOISE_DRAWS = (0.1, 0.3, 0.5, 0.7, 0.9), 32, 1
 
 
 @dataclass(frozen=True)

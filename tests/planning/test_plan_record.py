@@ -381,9 +381,48 @@ def test_losses_alone_are_compared_where_the_gradient_tells_nothing(change: Call
 
     batches = make_batches((24,), 4)
     plan = cheapgrad.plan(make_mlp(3), changed, batches, flops="60 %", strategies=ROWS, skip_small=False)
-    assert not any("nobody checked" in remark for remark in plan.remarks)
+    assert any("changes its gradient was not checked: " in remark for remark in plan.remarks)
     with pytest.raises(BatchOrderError, match="for the same 24 examples in another order"):
         cheapgrad.plan(make_mlp(3), in_order, batches, flops="60 %", strategies=ROWS, skip_small=False)
+
+
+def _list_in_evaluation(model: nn.Module, scores: torch.Tensor) -> Any:
+    return scores if model.training else [scores]
+
+
+def _nothing_in_evaluation(model: nn.Module, scores: torch.Tensor) -> torch.Tensor:
+    return scores if model.training else scores * math.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(_list_in_evaluation, "the loss function raised TypeError"), (_nothing_in_evaluation, "the loss is nan")],
+)
+def test_models_that_do_something_else_in_evaluation_mode_are_planned_with_a_remark(
+    change: Callable[..., Any], reason: str
+) -> None:
+    def changed(model: nn.Module, batch: Batch) -> Any:
+        return nn.functional.cross_entropy(change(model, model(batch[0])), batch[1])
+
+    plan = cheapgrad.plan(make_mlp(3), changed, make_batches((24,), 4), flops="60 %", strategies=ROWS, skip_small=False)
+    (remark,) = (remark for remark in plan.remarks if remark.startswith("nobody checked"))
+    assert "in evaluation mode" in remark
+    assert reason in remark
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_loss_that_cancels_to_rounding_has_no_order(seed: int) -> None:
+    def surrogate(model: nn.Module, batch: Batch) -> Any:
+        chosen = model(batch[0].float()).log_softmax(1).gather(1, batch[1][:, None])[:, 0]
+        advantages = batch[0][:, 0].float()
+        advantages = (advantages - advantages.mean()) / advantages.std()
+        return -((chosen - chosen.detach()).exp() * advantages).mean()
+
+    torch.manual_seed(seed)
+    plan = cheapgrad.plan(
+        make_mlp(3).float(), surrogate, make_batches((24,), 4), flops="60 %", strategies=ROWS, skip_small=False
+    )
+    assert not any("order" in remark for remark in plan.remarks)
 
 
 def test_losses_are_compared_in_their_own_precision() -> None:

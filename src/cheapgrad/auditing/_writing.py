@@ -18,7 +18,7 @@ from cheapgrad.auditing._relative import relative
 from cheapgrad.auditing._step import Step
 from cheapgrad.auditing.report import AuditReport, LayerAudit
 
-# The noise fraction of all parameters but one that is worth a remark, and by how much it has to exceed that of all.
+# The mean noise fraction of single parameters that is worth a remark, and by how much it has to exceed that of all.
 _NOTICED, _HIDDEN = 0.02, 2.0
 
 
@@ -180,20 +180,21 @@ def _name_reference(findings: Findings) -> str:
 
 
 def _say_hidden(findings: Findings, added: Tensor) -> str:
-    """Return a remark where one tensor with most of the mini-batch's variance hides what is added to the others."""
+    """Return a remark where parameters with most of the mini-batch's variance hide what is added to the others."""
     noise = findings.mini_batch.variances
-    if noise is None or len(noise) < 2:
+    if noise is None:
+        return ""
+    known = noise > 0
+    sizes = torch.tensor(findings.sizes, dtype=noise.dtype)[known]
+    by_entry = relative(float((added[known] / noise[known] * sizes).sum()), float(sizes.sum()))
+    fraction = relative(float(added.sum()), float(noise.sum()))
+    if not max(_NOTICED, _HIDDEN * fraction) <= by_entry < math.inf:
         return ""
     largest = int(noise.argmax())
-    others = torch.arange(len(noise)) != largest
-    fraction = relative(float(added.sum()), float(noise.sum()))
-    of_others = relative(float(added[others].sum()), float(noise[others].sum()))
-    if not max(_NOTICED, _HIDDEN * fraction) <= of_others < math.inf:
-        return ""
     return (
+        f"the noise fraction of each parameter by itself is {by_entry:.2g} in the mean over all entries: "
         f"{100 * float(noise[largest] / noise.sum()):.0f} % of the mini-batch's variance is in "
-        f"{findings.step.names[largest]}, whose own noise fraction is smaller: over the other parameters it is "
-        f"{of_others:.2g}, which counts for an optimizer that scales parameters one by one, as Adam does"
+        f"{findings.step.names[largest]}; it counts for an optimizer that scales parameters one by one, as Adam does"
     )
 
 

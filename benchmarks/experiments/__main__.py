@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from benchmarks.experiments.declaration import identify
+from benchmarks.experiments.datasets import DataError
+from benchmarks.experiments.declaration import CostRun, TrainingRun, identify
 from benchmarks.experiments.pages import write_pages
-from benchmarks.experiments.results import read_results, write_results
-from benchmarks.experiments.runner import find_missing, run_all
+from benchmarks.experiments.results import ResultsError, read_results, write_results
+from benchmarks.experiments.runner import find_missing, name_run, run_all
 from benchmarks.experiments.settings import Settings, make_trials
 from benchmarks.experiments.store import Store
 from benchmarks.experiments.trials import TUNING_SEEDS, Trials
@@ -58,6 +59,11 @@ def main() -> int:
         help="write results and the pages of the documentation from the records; run nothing",
     )
     arguments = parser.parse_args()
+    for name in ("seeds", "workers", "threads", "measurements"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, but is {getattr(arguments, name)}")
+    if not arguments.epochs > 0:
+        parser.error(f"--epochs must be above 0, but is {arguments.epochs:g}")
     settings = Settings(
         tuple(arguments.data),
         arguments.seeds,
@@ -69,13 +75,26 @@ def main() -> int:
         arguments.measurements,
     )
     console = Console()
+    try:
+        trials = make_trials(settings)
+    except DataError as error:
+        parser.error(str(error))
+    if not trials.tasks:
+        parser.error(f"--tasks {arguments.tasks!r} matches none of the tasks of these data")
+    for pattern in settings.methods:
+        if not trials.has_match(pattern):
+            parser.error(f"--methods {pattern!r} matches no method; --list names them all")
     committed = () if arguments.fresh else tuple(sorted(RESULTS.glob("*.jsonl")))
-    if arguments.docs:
-        _write_docs(settings, Store(arguments.out, committed), console)
-        return 0
-    if arguments.list:
-        _list(make_trials(settings), Store(arguments.out, committed), console)
-        return 0
+    try:
+        if arguments.docs:
+            _write_docs(settings, Store(arguments.out, committed), console)
+            return 0
+        if arguments.list:
+            _list(trials, Store(arguments.out, committed), console)
+            return 0
+    except ResultsError as error:
+        console.print(str(error), highlight=False)
+        return 1
     errors = run_all(partial(make_trials, settings), arguments.out, arguments.workers, console, committed)
     for error in errors:
         console.print(error, highlight=False)
@@ -87,7 +106,7 @@ def main() -> int:
 def _list(trials: Trials, store: Store, console: Console) -> None:
     missing, declared = find_missing(trials, store)
     console.print(f"{declared - len(missing)} of {declared} runs that are known to be wanted have a record")
-    table = Table("seeds that are done", *(task.name for task in trials.tasks))
+    table = Table(Column("seeds that are done", no_wrap=True), *(task.name for task in trials.tasks))
     wanted = trials.list_wanted()
     made = Counter(
         (trial.method.label, trial.task.name)
@@ -98,6 +117,13 @@ def _list(trials: Trials, store: Store, console: Console) -> None:
         counts = [str(made[method.label, task.name]) if method in wanted else "not asked for" for task in trials.tasks]
         table.add_row(method.label, *counts)
     console.print(table)
+    others = [name_run(run) for run in missing if not isinstance(run, TrainingRun) or run.seed in TUNING_SEEDS]
+    if others:
+        console.print("Missing before or beside these:", highlight=False)
+    for name in others:
+        console.print(f"  {name}", highlight=False)
+    if any(isinstance(run, CostRun) for run in missing):
+        console.print("What is trained is known once all costs are measured.", highlight=False)
 
 
 def _describe_command(settings: Settings) -> str:
@@ -112,6 +138,8 @@ def _write_docs(settings: Settings, store: Store, console: Console) -> None:
     # Whatever there is belongs on the page, not only what this command would run.
     everything = replace(settings, seeds=min(TUNING_SEEDS), methods=("*",), own_rates=True)
     RESULTS.mkdir(exist_ok=True)
+    # A damaged file is said before anything is written.
+    read_results(RESULTS)
     for path in write_results(make_trials(everything), store, _describe_command(settings), RESULTS):
         console.print(path.name, highlight=False)
     for name in write_pages(RESULTS, _ROOT / "docs"):

@@ -42,6 +42,8 @@ _MEMORY_FAMILIES = (
     "parts",
     "compiled",
 )
+# Exact ways to hold less; a random one has to be faster than these.
+_EXACT_FAMILIES = {"checkpoints": "checkpoints", "parts": "micro-batches"}
 _RIVALS = {"time, batch": "the smaller batch", "time, steps": "fewer steps"}
 
 
@@ -233,6 +235,9 @@ def _tell(results: TaskResults, row: Row) -> str:
     share = bytes_share(results, row)
     if share is not None and share > 1 + _SAME_BYTES:
         costs += f" and holds {share:.2f} of the bytes, more than exact training"
+    found = compare_rows(results, row, results.exact)
+    if found is not None:
+        against.append(f"{write_interval(results, found)} against exact training of all steps")
     return f"{row.label} takes {costs}; {', '.join(against)}"
 
 
@@ -256,7 +261,14 @@ def _sum_up_memory(results: TaskResults) -> tuple[str, str]:
         f"{label}: {share:.2f} of the bytes in {time:.2f} of the time, {difference} to exact"
         for time, share, label, difference in fair
     )
-    return f"`{fair[0][2]}`", f"the fastest that holds half the bytes or fewer with no loss found. {figures}"
+    not_run = [name for family, name in _EXACT_FAMILIES.items() if not _is_known(results, family)]
+    beside = f". Not run beside it: {' and '.join(not_run)}" if not_run else ""
+    return f"`{fair[0][2]}`", f"the fastest that holds half the bytes or fewer with no loss found. {figures}{beside}"
+
+
+def _is_known(results: TaskResults, family: str) -> bool:
+    """Tell whether a family of methods was trained, or cannot be."""
+    return any(row.runs or row.unavailable for row in results.rows if row.family == family)
 
 
 def _against(results: TaskResults, row: Row, other: Row | None) -> str:

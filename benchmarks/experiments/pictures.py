@@ -11,6 +11,9 @@ from benchmarks.experiments.predictions import list_predictions
 from benchmarks.experiments.results import Row, TaskResults
 from benchmarks.experiments.statistics import summarise
 
+_TICKS = (0.6, 0.8, 1, 1.25, 1.6, 2, 2.5, 3, 4, 6)
+_FARTHEST = 6.0
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -129,8 +132,7 @@ def draw_theory(all_results: Sequence[TaskResults]) -> bytes:
             panel.plot(reach.predicted, reach.steps_ratio, "o", color=colour, label=label)
             label = None
     panel.plot([0.5, highest], [0.5, highest], color="#999999", linewidth=1, zorder=0)
-    panel.set_xscale("log")
-    panel.set_yscale("log")
+    _set_logarithmic(panel)
     panel.set_xlabel("steps to the target ÷ exact, predicted")
     panel.set_ylabel("measured")
     panel.grid(alpha=0.25, which="both")
@@ -139,6 +141,17 @@ def draw_theory(all_results: Sequence[TaskResults]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _set_logarithmic(panel: Axes) -> None:
+    from matplotlib.ticker import FormatStrFormatter, NullFormatter
+
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_ticks(_TICKS)
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def draw_predictions(all_results: Sequence[TaskResults]) -> bytes:
@@ -151,7 +164,6 @@ def draw_predictions(all_results: Sequence[TaskResults]) -> bytes:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     names = ("every entry alike", "in units of AdamW's steps")
-    highest = 1.2
     for number, results in enumerate(all_results):
         colour = colormaps["tab10"](number % 10)
         found = list_predictions(results)
@@ -163,19 +175,22 @@ def draw_predictions(all_results: Sequence[TaskResults]) -> bytes:
             is_open = measured.high > measured.longest
             marker = "s" if each.row.match_label else "o"
             for panel, predicted in zip(panels, (each.predicted, each.predicted_adamw), strict=True):
+                # Predictions far beyond the ruler stand at the edge.
+                place = min(predicted, _FARTHEST)
                 panel.errorbar(
-                    predicted, middle, yerr=[[middle - low], [high - middle]], color=colour, marker=marker, capsize=2
+                    place, middle, yerr=[[middle - low], [high - middle]], color=colour, marker=marker, capsize=2
                 )
                 if is_open:
                     # The ruler ends here, and what is measured with it does not.
-                    panel.plot(predicted, high, "^", color=colour, markersize=9, fillstyle="none")
-                highest = max(highest, predicted, middle)
+                    panel.plot(place, high, "^", color=colour, markersize=9, fillstyle="none")
         if found:
             panels[0].plot([], [], "o", color=colour, label=results.task)
     for panel, name in zip(panels, names, strict=True):
-        panel.plot([0.9, highest], [0.9, highest], color="#999999", linewidth=1, zorder=0)
+        panel.plot([0.9, _FARTHEST], [0.9, _FARTHEST], color="#999999", linewidth=1, zorder=0)
+        _set_logarithmic(panel)
+        panel.set_ylim(0.6, 3.2)
         panel.set_title(f"noise {name}; squares: smaller batches; triangles: or more", fontsize=9, loc="left")
-        panel.set_xlabel("steps ÷ exact, predicted")
+        panel.set_xlabel(f"steps ÷ exact, predicted (at the edge: {_FARTHEST:g} or more)")
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("steps ÷ those of the exact training that ends as well")
     panels[0].legend(fontsize=8)

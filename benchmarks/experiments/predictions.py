@@ -12,7 +12,7 @@ from benchmarks.experiments.equivalent import Equivalent, measure_equivalent
 from benchmarks.experiments.methods import EXACT
 from benchmarks.experiments.results import Row, TaskResults
 from benchmarks.experiments.statistics import summarise
-from benchmarks.experiments.tables import UNKNOWN, name_all, write_equivalent, write_number, write_table
+from benchmarks.experiments.tables import name_all, write_equivalent, write_number, write_table
 from cheapgrad.planning import tradeoff
 
 _UNITS = ("", "_adamw")
@@ -25,7 +25,6 @@ class Prediction:
     Attributes:
         row: the method.
         omega: added variance ÷ that of the mini-batch, every entry alike, at each point of the training.
-        omega_of_others: the same without the tensor that has most of the mini-batch's variance.
         omega_adamw: the same in units of AdamW's steps.
         predicted: ratio of steps by `omega`.
         predicted_adamw: ratio of steps by `omega_adamw`.
@@ -34,7 +33,6 @@ class Prediction:
 
     row: Row
     omega: tuple[float, ...]
-    omega_of_others: tuple[float | None, ...]
     omega_adamw: tuple[float, ...]
     predicted: float
     predicted_adamw: float
@@ -55,15 +53,15 @@ def list_predictions(results: TaskResults) -> list[Prediction]:
         known = [each for each in points if each is not None]
         if not known:
             continue
-        omega, of_others, omega_adamw = zip(*(noise for noise, _ in known), strict=True)
+        omega, omega_adamw = zip(*(noise for noise, _ in known), strict=True)
         ratios = (summarise(values)[0] for values in zip(*(each for _, each in known), strict=True))
-        found.append(Prediction(row, omega, of_others, omega_adamw, *ratios, measured=measured))
+        found.append(Prediction(row, omega, omega_adamw, *ratios, measured=measured))
     return found
 
 
 def _weigh(
     results: TaskResults, row: Row, methods: dict[str, dict[str, Any]]
-) -> tuple[tuple[float, float | None, float], list[float]] | None:
+) -> tuple[tuple[float, float], list[float]] | None:
     """Return the omegas and both ratios of steps at one point of the training.
 
     How much noise exact training has beside its signal is a property of the training, not of the method.
@@ -71,15 +69,14 @@ def _weigh(
     exact = methods[EXACT.step_words]
     if row.match_by == "time, batch":
         more = results.exact.declaration["batch_size"] / row.declaration["batch_size"] - 1
-        omegas = (more, more, more)
+        omegas = (more, more)
     elif not row.match_label and row.words in methods:
         own, share = methods[row.words], 1 - row.exact_share
-        of_others = own["omega_of_others"]
-        omegas = (own["omega"] * share, None if of_others is None else of_others * share, own["omega_adamw"] * share)
+        omegas = (own["omega"] * share, own["omega_adamw"] * share)
     else:
         return None
     ratios = []
-    for omega, unit in zip((omegas[0], omegas[2]), _UNITS, strict=True):
+    for omega, unit in zip(omegas, _UNITS, strict=True):
         ratio = exact[f"noise_to_signal{unit}"]
         ratios.append(tradeoff(1.0, omega, noise_to_target=math.inf if ratio is None else ratio).steps_ratio)
     return omegas, ratios
@@ -92,24 +89,19 @@ def write_predictions(all_results: Sequence[TaskResults]) -> str:
         found = list_predictions(results)
         for each in found:
             cells = [results.task, name_all(results, each.row)]
-            cells += [_write_points(values) for values in (each.omega, each.omega_of_others, each.omega_adamw)]
+            cells += [_write_points(values) for values in (each.omega, each.omega_adamw)]
             cells += [write_number(value) for value in (each.predicted, each.predicted_adamw)]
             rows.append([*cells, write_equivalent(each.measured), str(each.measured.seeds)])
         if found:
             places.append(_say_place(results))
-    heads = (
-        "task|method|ω|ω without the largest tensor|ω, AdamW|predicted by ω|predicted by ω, AdamW|measured [95 %]|seeds"
-    )
+    heads = "task|method|ω|ω, AdamW|predicted by ω|predicted by ω, AdamW|measured [95 %]|seeds"
     words = f"Largest tensor, by its share of the mini-batch's variance: {'; '.join(places)}." if places else ""
     return "\n\n".join(part for part in (write_table(heads.split("|"), rows), words) if part)
 
 
-def _write_points(values: Sequence[float | None]) -> str:
+def _write_points(values: Sequence[float]) -> str:
     """Return the least and the largest of the points of the training."""
-    known = sorted(value for value in values if value is not None)
-    if not known:
-        return UNKNOWN
-    return " to ".join(dict.fromkeys(f"{value:.2g}" for value in (known[0], known[-1])))
+    return " to ".join(dict.fromkeys(f"{value:.2g}" for value in (min(values), max(values))))
 
 
 def _say_place(results: TaskResults) -> str:

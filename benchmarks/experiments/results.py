@@ -23,6 +23,10 @@ _UNTIMED = ("held_bytes", "peak_bytes", "error")
 KINDS = ("MLP", "ViT", "BagNet", "language model")
 
 
+class ResultsError(Exception):
+    """A file of results is damaged."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A method on a task.
@@ -293,8 +297,22 @@ def _describe_row(
 
 
 def read_results(directory: Path) -> list[TaskResults]:
-    """Return what all files of a directory say, sorted by name of the file."""
-    return [_read_task(path) for path in sorted(directory.glob("*.jsonl"))]
+    """Return what all files of a directory say, sorted by name of the file.
+
+    Raises:
+        ResultsError: if one of them is damaged; the message names it.
+    """
+    return [_read_whole(path) for path in sorted(directory.glob("*.jsonl"))]
+
+
+def _read_whole(path: Path) -> TaskResults:
+    try:
+        return _read_task(path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResultsError(
+            f"{path} is damaged ({type(error).__name__}: {error}); restore it from the repository, or delete it and "
+            "write it again with --docs from the directory of the runs"
+        ) from error
 
 
 def _read_task(path: Path) -> TaskResults:
@@ -302,7 +320,7 @@ def _read_task(path: Path) -> TaskResults:
         head = json.loads(stream.readline())
     records = Lines(path)
     rows = tuple(_read_row(row, records) for row in head["rows"])
-    weighed = records.find(head["weighed"]) if head.get("weighed") else None
+    weighed = _find_whole(records, head["weighed"]) if head.get("weighed") else None
     environments: dict[str, dict[str, Any]] = {}
     for record in sorted((record for row in rows for record in row.runs.values()), key=lambda each: each["id"]):
         environment = {name: record["environment"][name] for name in ("processor", "torch", "commit")}
@@ -320,11 +338,17 @@ def _read_task(path: Path) -> TaskResults:
     )
 
 
+def _find_whole(records: Lines, identity: str) -> Record:
+    record = records.find(identity)
+    if record is None:
+        raise ValueError(f"the record of run {identity} is missing")
+    return record
+
+
 def _read_row(row: dict[str, Any], records: Lines) -> Row:
-    found = {int(seed): records.find(identity) for seed, identity in row["runs"].items()}
-    runs = {seed: record for seed, record in sorted(found.items()) if record is not None}
+    runs = {int(seed): _find_whole(records, identity) for seed, identity in sorted(row["runs"].items())}
     # Only the measurement that the row was written with: the file may have others, of another batch say.
-    measured = records.find(row["costs"]) if row["costs"] is not None else None
+    measured = _find_whole(records, row["costs"]) if row["costs"] is not None else None
     ladder = measured["result"]["ladder"] if measured is not None and row["match_label"] else []
     return Row(
         **{name: value for name, value in row.items() if name not in {"costs", "runs"}},

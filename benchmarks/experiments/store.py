@@ -113,7 +113,7 @@ class Lines:
     """
 
     def __init__(self, path: Path) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         records = [_parse(line) for line in lines]
         self._records = {record["id"]: record for record in records if record is not None}
 

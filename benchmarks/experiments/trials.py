@@ -163,6 +163,10 @@ class Trials:
         """Return the methods that are trained: the exact one, and those that match a pattern."""
         return [method for method in self.methods if method is EXACT or self._is_wanted(method.label)]
 
+    def has_match(self, pattern: str) -> bool:
+        """Tell whether a pattern matches the label of a method, or of the run that weighs noise."""
+        return any(fnmatch.fnmatchcase(label, pattern) for label in (WEIGHED, *(each.label for each in self.methods)))
+
     def _is_wanted(self, label: str) -> bool:
         return any(fnmatch.fnmatchcase(label, pattern) for pattern in self.wanted)
 

@@ -325,6 +325,16 @@ def test_loss_function_that_changes_parameters_is_named_and_undone():
     assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
 
 
+def test_an_exact_gradient_that_is_not_finite_is_named():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+
+    def kinked(model, batch):
+        return model(batch).square().mean() + (model[1].weight * 0).abs().sqrt().sum()
+
+    with pytest.raises(GradientDrawError, match=r"the exact gradient of '1.weight' is not finite \(loss \d"):
+        audit(model, kinked, torch.randn(8, 4))
+
+
 class Recurrent(nn.Module):
     """Scores of sequences, from the last of their states."""
 

@@ -91,7 +91,12 @@ def _say_each(results):
 
 
 def test_advice_on_memory_is_the_fastest_that_loses_nothing():
-    assert read_advice(make_task("ViT"), "memory")[0] == f"`{MEMORY}`"
+    advice, why = read_advice(make_task("ViT"), "memory")
+    assert advice == f"`{MEMORY}`"
+    assert why.strip(" |").endswith("Not run beside it: checkpoints and micro-batches")
+    ways = [make_row("checkpoint each block", "checkpoints", time=1.3, held=60)]
+    ways += [make_row("micro-batches", "parts", time=1.1, held=25, match=MEMORY, by="bytes, parts", unavailable="no")]
+    assert "Not run" not in read_advice(add(make_task("ViT"), *ways), "memory")[1]
     assert read_advice(make_task("ViT", bytes_held=60), "memory")[0] == "not known"
     # With one seed no loss is ever found.
     assert read_advice(make_task("ViT", seeds=1), "memory")[0] == "not known"

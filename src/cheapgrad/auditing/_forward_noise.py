@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cheapgrad.auditing._step import DrawnGradient, Step
-from cheapgrad.errors import NondeterministicForwardError, ReferenceGradientError
+from cheapgrad.errors import GradientDrawError, NondeterministicForwardError, ReferenceGradientError
 
 # Losses and gradients that differ by fewer units in the last place are the same: sums of other orders.
 _SAME_ULPS = 256
@@ -20,6 +20,15 @@ _BARELY_ULPS, _BARELY_SEEDS = 4, 4
 def same_number(first: float, second: float, dtype: torch.dtype) -> bool:
     """Tell whether two losses differ by rounding only."""
     return math.isclose(first, second, rel_tol=_SAME_ULPS * torch.finfo(dtype).eps, abs_tol=1e-30)
+
+
+def _check_finite(step: Step, drawn: DrawnGradient) -> None:
+    for name, tensor in zip(step.names, drawn.tensors, strict=True):
+        if not bool(tensor.isfinite().all()):
+            raise GradientDrawError(
+                f"the exact gradient of {name!r} is not finite (loss {_text(drawn)}): nothing can be compared with it; "
+                "look for a square root, logarithm or norm at zero in the model or the loss"
+            )
 
 
 def find_noise(step: Step, batch: Any, make_seed: Callable[[str], int], *, seed_given: bool) -> bool:
@@ -34,8 +43,10 @@ def find_noise(step: Step, batch: Any, make_seed: Callable[[str], int], *, seed_
     Raises:
         NondeterministicForwardError: it draws and the caller gave no seed, or it differs under equal seeds.
         ReferenceGradientError: the forward pass draws nothing, but the gradient does.
+        GradientDrawError: the gradient is not finite.
     """
     first = step.draw_exact(batch, make_seed("first"))
+    _check_finite(step, first)
     other = step.draw_exact(batch, make_seed("other"))
     if _same_gradient(first, other):
         return False

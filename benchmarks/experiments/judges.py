@@ -287,17 +287,21 @@ def judge_theory(results: TaskResults) -> Finding | None:
         (unknown if is_as_predicted else contradictions).append(words)
     if not seeds:
         return None
-    parts = []
-    if ratios:
-        methods = f"{len(ratios)} method" + "s" * (len(ratios) != 1)
-        words = f"measured ÷ predicted {min(ratios):.2f} to {max(ratios):.2f}, {methods}"
-        parts.append(f"{words}, {telling} of them predicted to take over {100 * _PREDICTED_WITHIN:.0f} % longer")
+    parts = _say_ratios(ratios, telling)
     if contradictions:
         parts.append(f"target missed although within reach: {', '.join(contradictions)}")
     if unknown:
         parts.append(f"target missed as predicted, by how much not known: {', '.join(unknown)}")
     is_near = all(abs(ratio - 1) <= _PREDICTED_WITHIN for ratio in ratios)
     return Finding(is_near and telling > 0 and not contradictions, "; ".join(parts), min(seeds))
+
+
+def _say_ratios(ratios: Sequence[float], telling: int) -> list[str]:
+    if not ratios:
+        return []
+    methods = f"{len(ratios)} method" + "s" * (len(ratios) != 1)
+    words = f"measured ÷ predicted {min(ratios):.2f} to {max(ratios):.2f}, {methods}"
+    return [f"{words}, {telling} of them predicted to take over {100 * _PREDICTED_WITHIN:.0f} % longer"]
 
 
 def judge_weighed_theory(results: TaskResults) -> Finding | None:
@@ -323,11 +327,7 @@ def judge_weighed_theory(results: TaskResults) -> Finding | None:
             )
         else:
             unknown += 1
-    parts = []
-    if ratios:
-        methods = f"{len(ratios)} method" + "s" * (len(ratios) != 1)
-        words = f"measured ÷ predicted {min(ratios):.2f} to {max(ratios):.2f}, {methods}"
-        parts.append(f"{words}, {telling} of them predicted to take over {100 * _PREDICTED_WITHIN:.0f} % longer")
+    parts = _say_ratios(ratios, telling)
     if contradictions:
         parts.append(f"beyond the ruler although predicted within it: {', '.join(contradictions)}")
     if unknown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,12 +43,8 @@ class Settings:
 
 def make_trials(settings: Settings) -> Trials:
     """Return the experiment that was asked for: the quick one without data, the full one with them."""
-    if settings.data:
-        tasks = tuple(task for path in settings.data for task in make_full_tasks(load(path)))
-        methods = list_methods()
-    else:
-        tasks = make_quick_tasks(load(None), load_digit_pixels())
-        methods = tuple(method for method in list_methods() if method.is_quick)
+    tasks = _make_tasks(settings.data)
+    methods = tuple(method for method in list_methods() if settings.data or method.is_quick)
     chosen = tuple(_scale(task, settings.epochs) for task in tasks if fnmatch.fnmatchcase(task.name, settings.tasks))
     return Trials(
         tasks=chosen,
@@ -59,6 +56,14 @@ def make_trials(settings: Settings) -> Trials:
         wanted=settings.methods,
         measurements=settings.measurements,
     )
+
+
+@functools.cache
+def _make_tasks(data: tuple[Path, ...]) -> tuple[Task, ...]:
+    """Return the tasks of these data, which are read once in a process: pictures are slow to decode."""
+    if not data:
+        return make_quick_tasks(load(None), load_digit_pixels())
+    return tuple(task for path in data for task in make_full_tasks(load(path)))
 
 
 def _scale(task: Task, factor: float) -> Task:

@@ -17,7 +17,8 @@ from cheapgrad.errors import BatchOrderError
 
 # By how much loss and gradient may change with the order of examples: sums are rounded in another order. Of a network
 # that has learned nothing the loss hardly depends on its input; the gradient does.
-_SAME_LOSS_ULPS = 4096
+# A loss near zero may be what is left of a sum of numbers that cancel, so that it counts as `LEAST_LOSS` at least.
+SAME_LOSS_ULPS, LEAST_LOSS = 4096, 1e-3
 _SAME_GRADIENT, _SAME_GRADIENT_ULPS = 0.01, 8
 
 
@@ -58,7 +59,7 @@ def check_order(
             # A backward pass that draws by itself; its gradient tells nothing.
             whole = DrawnGradient([], whole.loss)
     distance = _distance(whole, other)
-    slack = _SAME_LOSS_ULPS * torch.finfo(_dtype(step)).eps * max(abs(_loss(whole)), 1e-3)
+    slack = SAME_LOSS_ULPS * torch.finfo(_dtype(step)).eps * max(abs(_loss(whole)), LEAST_LOSS)
     if not (abs(_loss(whole) - _loss(other)) <= slack and is_same_order(distance, _dtype(step))):
         raise BatchOrderError(
             f"the loss{where} is {_loss(whole):.9g}, and {_loss(other):.9g} with the batch's {examples} entries of the "

@@ -16,6 +16,7 @@ from benchmarks.experiments.methods import EXACT, Method
 from benchmarks.experiments.preparing import Prepared, prepare
 from benchmarks.experiments.tasks import Task
 from benchmarks.experiments.training import draw_batches, make_optimizer, rate_share
+from cheapgrad.auditing.preconditioned_noise import read_second_moments, weigh_by_steps
 
 _BATCH_SEED, _DRAW_SEED = 5000, 3000
 
@@ -46,11 +47,7 @@ class WeighedNoise:
 def weigh_noise(
     exact: Sequence[Sequence[Tensor]], added: Sequence[Tensor], moments: Sequence[Tensor], epsilon: float
 ) -> WeighedNoise:
-    r"""Weigh variances by entry as AdamW weighs gradients: ``ω_A = Σ sᵢ/dᵢ² ÷ Σ σᵢ²/dᵢ²``, ``dᵢ = √(vᵢ + sᵢ) + ε``.
-
-    A step of AdamW moves entry i by its gradient over ``√v + ε``, v being its running mean of the gradient's square. In
-    a training with the noise the added variance is in it: an entry whose exact gradient is zero, such as the bias of
-    attention's keys, would otherwise count as infinitely noisy.
+    """Weigh variances by entry as AdamW weighs gradients, see `weigh_by_steps`, and as they stand.
 
     Args:
         exact: gradient of each of K ≥ 2 batches, by parameter tensor.
@@ -67,12 +64,11 @@ def weigh_noise(
         variance, mean = gradients.var(0), gradients.mean(0)
         # The square of a mean of K gradients has a K-th of their variance in it.
         signal = mean.square() - variance / len(exact)
-        weight = ((moment.double() + extra).sqrt() + epsilon).square().reciprocal()
         totals.append(float(variance.sum()))
         extras.append(float(extra.sum()))
         plain_signal += float(signal.sum())
-        for name, values in (("batch", variance), ("added", extra), ("signal", signal)):
-            sums[name] += float((values * weight).sum())
+        for name, value in zip(sums, weigh_by_steps([variance, extra, signal], extra, moment, epsilon), strict=True):
+            sums[name] += value
     total, extra_total = math.fsum(totals), math.fsum(extras)
     largest = max(range(len(totals)), key=totals.__getitem__)
     return WeighedNoise(
@@ -118,9 +114,7 @@ def _measure_point(
     task: Task, model: nn.Module, methods: Sequence[Method], run: NoiseRun, step: int, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     names, parameters = zip(*model.named_parameters(), strict=True)
-    settings = optimizer.defaults
-    share_seen = 1 - settings["betas"][1] ** step
-    moments = [optimizer.state[parameter]["exp_avg_sq"] / share_seen for parameter in parameters]
+    moments = read_second_moments(optimizer, names, parameters)
     batches = list(itertools.islice(draw_batches(task, run.batch_size, _BATCH_SEED + step), run.batches))
     found = {}
     with torch.random.fork_rng(devices=[]):
@@ -130,7 +124,7 @@ def _measure_point(
         for method in methods:
             prepared = prepare(task, method, model, batches)
             added = _measure_added(prepared, batches, exact, run.draws)
-            weighed = weigh_noise(exact, added, moments, settings["eps"])
+            weighed = weigh_noise(exact, added, moments.moments, moments.epsilons[0])
             if prepared.handle is not None:
                 prepared.handle.revert()
             found[method.step_words] = _make_plain(weighed, names)

@@ -123,6 +123,10 @@ class BatchOrderError(CheapgradError, ValueError):
     """The order of a batch's examples changes its loss, so that they are not examples of their own."""
 
 
+class OptimizerStateError(CheapgradError, ValueError):
+    """An optimizer keeps no second moments of a model's gradient, or none yet."""
+
+
 class AccumulationError(CheapgradError, RuntimeError):
     """A loop that should leave accumulated gradients left none, or changed the parameters."""
 

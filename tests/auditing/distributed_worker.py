@@ -11,7 +11,7 @@ import cheapgrad
 from cheapgrad import audit, audit_step
 from cheapgrad.sketch import RowSample
 from tests.auditing import planted
-from tests.auditing.planted import make_batch, make_network, mean_loss, right_loss
+from tests.auditing.planted import make_batch, make_even_optimizer, make_network, mean_loss, right_loss
 
 
 def main(rank: int, store_file: str) -> None:
@@ -21,8 +21,11 @@ def main(rank: int, store_file: str) -> None:
     # Every process has data of its own.
     batch = make_batch(seed=rank)
     model = make_network(planted.noisy(0.3))
-    pooled = audit(model, mean_loss, batch, reference=right_loss, group=world)
+    optimizer = make_even_optimizer(model)
+    pooled = audit(model, mean_loss, batch, reference=right_loss, group=world, optimizer=optimizer)
     assert pooled.unbiased
+    # Its two parts are averaged over the processes, as those of the other figure are.
+    assert abs(pooled.preconditioned_noise_fraction / pooled.noise_fraction - 1) < 1e-3
     assert (pooled.draws, pooled.processes) == (128, 2)
     _assert_same_everywhere(pooled)
     alone = audit(model, mean_loss, batch, reference=right_loss)
@@ -78,7 +81,9 @@ def main(rank: int, store_file: str) -> None:
 
 def _assert_same_everywhere(report: cheapgrad.AuditReport) -> None:
     everyone = [None, None]
-    torch.distributed.all_gather_object(everyone, (report.unbiased, report.max_abs_z, report.relative_variance))
+    torch.distributed.all_gather_object(
+        everyone, (report.unbiased, report.max_abs_z, report.relative_variance, report.preconditioned_noise_fraction)
+    )
     assert everyone[0] == everyone[1], everyone
 
 

@@ -17,7 +17,7 @@ import cheapgrad
 from cheapgrad import audit
 from cheapgrad.sketch import RowSample
 from tests.auditing import planted
-from tests.auditing.planted import make_batch, make_network, mean_loss, right_loss
+from tests.auditing.planted import make_batch, make_even_optimizer, make_network, mean_loss, right_loss
 
 WORLD_SIZE = 2
 
@@ -52,8 +52,11 @@ def main(rank: int, store_file: str) -> None:
     batch = make_batch(seed=rank)
     sketched = _make_sketched()
     squared_norm = _averaged_squared_norm(sketched, batch)
-    report = audit(_shard(sketched), mean_loss, batch, group=world)
+    model = _shard(sketched)
+    report = audit(model, mean_loss, batch, group=world, optimizer=make_even_optimizer(model))
     assert report.unbiased
+    # Second moments are shared out too.
+    assert abs(report.preconditioned_noise_fraction / report.noise_fraction - 1) < 1e-3
     # Averaged before anybody sees it: the same draws everywhere, which count once; of whole parameters, not of shards.
     assert (report.draws, report.processes) == (64, 1)
     assert abs(report.squared_norm / squared_norm - 1) < 1e-4

@@ -98,6 +98,18 @@ def make_batch(seed: int = 1) -> tuple[Tensor, Tensor]:
     return torch.randn(B, I, generator=generator), torch.randint(C, (B,), generator=generator)
 
 
+def make_even_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Return an optimizer that has stepped, and divides all entries by nearly the same."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for state in optimizer.state.values():
+        state["exp_avg_sq"].fill_(1e6)
+    return optimizer
+
+
 def mean_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Return the mean cross-entropy."""
     return functional.cross_entropy(model(batch[0]), batch[1])

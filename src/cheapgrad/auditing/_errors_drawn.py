@@ -63,6 +63,7 @@ class ErrorCollector:
         names: of the tensors.
         tolerance: a constant error of a tensor up to this fraction of its norm is forgiven.
         most_blocks: into how many blocks the axes of a tensor are cut at most.
+        keeps_entries: whether the variance of every entry is wanted, which takes one more copy of the gradient.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class ErrorCollector:
         names: Sequence[str] | None,
         tolerance: float = 0.0,
         most_blocks: int = MOST_BLOCKS,
+        *,
+        keeps_entries: bool = False,
     ) -> None:
         if not len(exact_gradient):
             raise GradientDrawError("the exact gradient has no tensors; give the gradient of at least one parameter")
@@ -91,7 +94,9 @@ class ErrorCollector:
             direction.resolutions(unit, tolerance).cpu()
             for direction, unit in zip(self.directions, self._units, strict=True)
         ]
+        self._keeps_entries = keeps_entries
         self._sums: list[Tensor] = []
+        self._squares: list[Tensor] = []
         self._exact_sums: list[Tensor] = []
         self._first_errors: list[Tensor] = []
         self._varies = [False] * len(self.exact)
@@ -128,6 +133,8 @@ class ErrorCollector:
             figures.append(torch.stack([inner_product(left, right) for left, right in pairs]))
             self._note_change(position, error)
             _add_up(self._sums, position, error)
+            if self._keeps_entries:
+                _add_up(self._squares, position, error.square())
             if exact is not None:
                 _add_up(self._exact_sums, position, truth)
         device = figures[0].device
@@ -166,6 +173,16 @@ class ErrorCollector:
             varies=torch.tensor(self._varies),
             wrong=torch.tensor([self._is_wrong(position) for position in range(len(self.exact))]),
         )
+
+    def entry_variances(self) -> list[Tensor]:
+        """Return the variance of the error of every entry; nothing where it was not to be kept."""
+        if not self._keeps_entries:
+            return []
+        draws = len(self._figures)
+        return [
+            squares.addcmul(total, total, value=-1 / draws).div_(draws - 1).clamp_min_(0)
+            for squares, total in zip(self._squares, self._sums, strict=True)
+        ]
 
     def _is_wrong(self, position: int) -> bool:
         error = self._first_errors[position]

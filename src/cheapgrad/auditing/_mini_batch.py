@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +29,16 @@ class MiniBatchNoise:
     Attributes:
         variances: ``E‖g − E g‖²`` of each tensor, shape ``[T]``; None if unknown.
         remarks: what a reader has to know.
+        entries: the variance of every entry of each tensor, where it is known and was to be kept.
     """
 
     variances: Tensor | None
     remarks: tuple[str, ...] = ()
+    entries: tuple[Tensor, ...] = ()
 
 
 def measure_mini_batch_noise(
-    step: Step, batch: Any, make_seed: Callable[[str], int], *, draws_noise: bool
+    step: Step, batch: Any, make_seed: Callable[[str], int], *, draws_noise: bool, keeps_entries: bool = False
 ) -> MiniBatchNoise:
     """Cut the batch into micro-batches and take the spread of their exact gradients.
 
@@ -47,6 +50,7 @@ def measure_mini_batch_noise(
         batch: a tree of tensors whose first axis counts examples.
         make_seed: a seed for each text.
         draws_noise: whether the forward pass draws: gradients of micro-batches then do not add up to the batch's.
+        keeps_entries: whether the variance of every entry is wanted.
 
     Raises:
         BatchOrderError: the loss is another when the examples are in reverse order; see `check_order`.
@@ -68,11 +72,13 @@ def measure_mini_batch_noise(
         ]
     except (ForwardError, BackwardError, LossError, ReferenceGradientError) as error:
         return MiniBatchNoise(None, (*remarks, f"mini-batch variance unknown: on {len(parts[0])} examples, {error}"))
-    noise = _spread(whole.tensors, gradients, [len(part) for part in parts], draws_noise)
-    return MiniBatchNoise(noise.variances, (*remarks, *noise.remarks))
+    noise = _spread(whole.tensors, gradients, [len(part) for part in parts], draws_noise, keeps_entries)
+    return dataclasses.replace(noise, remarks=(*remarks, *noise.remarks))
 
 
-def _spread(whole: list[Tensor], gradients: list[list[Tensor]], counts: list[int], draws_noise: bool) -> MiniBatchNoise:
+def _spread(
+    whole: list[Tensor], gradients: list[list[Tensor]], counts: list[int], draws_noise: bool, keeps_entries: bool
+) -> MiniBatchNoise:
     examples = sum(counts)
     sums = [_add_weighted(tensors, [1.0] * len(counts)) for tensors in zip(*gradients, strict=True)]
     shares = [count / examples for count in counts]
@@ -84,19 +90,22 @@ def _spread(whole: list[Tensor], gradients: list[list[Tensor]], counts: list[int
         scale = float(examples)
         gradients = [[tensor / count for tensor in part] for count, part in zip(counts, gradients, strict=True)]
         means = [total / examples for total in sums]
-    variances = [
-        sum(count * _squared(tensor - mean) for count, tensor in zip(counts, tensors, strict=True))
-        / (len(counts) - 1)
-        / examples
-        * scale**2
-        for mean, tensors in zip(means, zip(*gradients, strict=True), strict=True)
-    ]
+    unit = scale**2 / (len(counts) - 1) / examples
+    variances: list[float] = []
+    entries: list[Tensor] = []
+    for mean, tensors in zip(means, zip(*gradients, strict=True), strict=True):
+        entry = torch.zeros_like(mean, dtype=torch.float64)
+        for count, tensor in zip(counts, tensors, strict=True):
+            entry.add_((tensor - mean).double().square_(), alpha=count * unit)
+        variances.append(float(entry.sum()))
+        if keeps_entries:
+            entries.append(entry.to(torch.promote_types(mean.dtype, torch.float32)))
     remarks: tuple[str, ...] = ()
     if not draws_noise and min(from_sum, from_mean) > _ADDS_UP**2 * sum(map(_squared, whole)):
         remarks = (
             "mini-batch variance approximate: the gradients of micro-batches do not add up to that of the batch",
         )
-    return MiniBatchNoise(torch.tensor(variances, dtype=torch.float64), remarks)
+    return MiniBatchNoise(torch.tensor(variances, dtype=torch.float64), remarks, tuple(entries))
 
 
 def _add_weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -189,13 +189,13 @@ class Step:
                 "loss to differentiate, a dictionary of gradients by name, or their list in the model's order"
             )
         return [
-            torch.zeros_like(parameter) if gradient is None else _as_dense(gradient.detach()).clone()
+            torch.zeros_like(parameter) if gradient is None else as_dense(gradient.detach()).clone()
             for parameter, gradient in zip(self.parameters, made, strict=True)
         ]
 
     def _collect(self) -> list[Tensor]:
         gradients = [
-            _as_dense(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach())
+            as_dense(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach())
             for parameter in self.parameters
         ]
         self._clear()
@@ -259,7 +259,7 @@ def _refuse(what: str) -> NoReturn:
     )
 
 
-def _as_dense(gradient: Tensor) -> Tensor:
+def as_dense(gradient: Tensor) -> Tensor:
     """Return a plain tensor for a sparse or a sharded one."""
     if gradient.is_sparse:
         return gradient.to_dense()

@@ -118,7 +118,10 @@ def _on_noise(report: AuditReport) -> str:
     text = f"Added variance: {report.relative_variance:.3g} of ‖g‖²"
     if report.noise_fraction is None:
         return text + "."
-    return f"{text}, {report.noise_fraction:.3g} of the mini-batch's."
+    text += f", {report.noise_fraction:.3g} of the mini-batch's"
+    if report.preconditioned_noise_fraction is None:
+        return text + "."
+    return f"{text} ({report.preconditioned_noise_fraction:.3g} in units of the optimizer's steps)."
 
 
 def _on_length(report: AuditReport) -> str:

@@ -16,6 +16,7 @@ from cheapgrad.auditing._judgement import Judgement
 from cheapgrad.auditing._mini_batch import MiniBatchNoise
 from cheapgrad.auditing._relative import relative
 from cheapgrad.auditing._step import Step
+from cheapgrad.auditing.preconditioned_noise import PreconditionedNoise
 from cheapgrad.auditing.report import AuditReport, LayerAudit
 
 # The mean noise fraction of single parameters that is worth a remark, and by how much it has to exceed that of all.
@@ -39,6 +40,7 @@ class Findings:
         mini_batch: noise of the mini-batch.
         forward_noise: see the report.
         costs: of the step.
+        preconditioned: noise in units of an optimizer's steps, where there is one.
     """
 
     step: Step
@@ -53,6 +55,7 @@ class Findings:
     mini_batch: MiniBatchNoise
     forward_noise: str
     costs: StepCosts
+    preconditioned: PreconditionedNoise
 
 
 def write_report(findings: Findings) -> AuditReport:
@@ -80,6 +83,7 @@ def write_report(findings: Findings) -> AuditReport:
         relative_variance_standard_error=relative(float(total_errors.std()) / math.sqrt(errors.draws), squared_norm),
         mini_batch_relative_variance=None if noise is None else relative(float(noise.sum()), squared_norm),
         noise_fraction=None if noise is None else relative(float(added.sum()), float(noise.sum())),
+        preconditioned_noise_fraction=findings.preconditioned.fraction,
         max_abs_z=max([judgement.max_abs_z, *(layer.max_abs_z for layer in layers)]),
         z_along_gradient=float(judgement.along[0]),
         scale=_scale(errors.along.sum(1), squared_norm),
@@ -182,7 +186,7 @@ def _name_reference(findings: Findings) -> str:
 def _say_hidden(findings: Findings, added: Tensor) -> str:
     """Return a remark where parameters with most of the mini-batch's variance hide what is added to the others."""
     noise = findings.mini_batch.variances
-    if noise is None:
+    if noise is None or findings.preconditioned.fraction is not None:
         return ""
     known = noise > 0
     sizes = torch.tensor(findings.sizes, dtype=noise.dtype)[known]
@@ -194,12 +198,18 @@ def _say_hidden(findings: Findings, added: Tensor) -> str:
     return (
         f"the noise fraction of each parameter by itself is {by_entry:.2g} in the mean over all entries: "
         f"{100 * float(noise[largest] / noise.sum()):.0f} % of the mini-batch's variance is in "
-        f"{findings.step.names[largest]}; it counts for an optimizer that scales parameters one by one, as Adam does"
+        f"{findings.step.names[largest]}; it counts for an optimizer that scales parameters one by one, as Adam does; "
+        "pass optimizer= for its figure"
     )
 
 
 def _write_remarks(findings: Findings, added: Tensor) -> tuple[str, ...]:
-    remarks = [*findings.mini_batch.remarks, findings.costs.remark, _say_hidden(findings, added)]
+    remarks = [
+        *findings.mini_batch.remarks,
+        findings.costs.remark,
+        _say_hidden(findings, added),
+        *findings.preconditioned.remarks,
+    ]
     if findings.step.reference is None and not findings.step.is_converted and not findings.step.accumulates:
         remarks.append(
             "no layer of this model is cheapgrad's, so the exact step is the same code, run eagerly; pass reference= "

@@ -24,6 +24,7 @@ from cheapgrad.auditing._series import Series
 from cheapgrad.auditing._step import DrawnGradient, LossFunction, Reference, Step
 from cheapgrad.auditing._surroundings import make_seed, undisturbed
 from cheapgrad.auditing._writing import Findings, write_report
+from cheapgrad.auditing.preconditioned_noise import precondition_noise, read_second_moments
 from cheapgrad.auditing.report import AuditReport
 from cheapgrad.errors import AccumulationError, BudgetError, check_count, describe_value
 
@@ -38,6 +39,7 @@ class _Settings:
     tolerance: float
     split: bool
     group: Any
+    optimizer: torch.optim.Optimizer | None
 
     def __post_init__(self) -> None:
         check_count("draws", self.draws, minimum=8)
@@ -61,6 +63,7 @@ def audit(
     tolerance: float = 0.0,
     split: bool = True,
     group: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
     progress: bool | None = None,
 ) -> AuditReport:
     """Draw the gradient of one batch a fixed number of times and compare it with the exact one.
@@ -85,6 +88,8 @@ def audit(
         tolerance: accept a bias up to this fraction of the gradient, e.g. of lower precision, in [0, 1).
         split: estimate the mini-batch's variance from micro-batches, cut along the first axis.
         group: a process group whose processes all make this call; their draws are pooled.
+        optimizer: one that divides gradients by the root of their running mean square, such as Adam, after some steps
+            on this loss: noise is then also given in units of its steps. Nothing about it is changed.
         progress: show a progress bar; by default if standard error is a terminal.
 
     Returns:
@@ -107,6 +112,7 @@ def audit(
         ReferenceGradientError: the exact gradient is random, or `reference` raised or returned no gradient.
         BatchOrderError: the first axis of the batch does not count examples, and `split` is set.
         GradientDrawError: a gradient is not finite.
+        OptimizerStateError: the optimizer keeps no second moments, or has stepped none of the parameters yet.
 
     Example:
         >>> import torch, cheapgrad
@@ -119,7 +125,7 @@ def audit(
         >>> report.unbiased
         True
     """
-    settings = _Settings(draws, alpha, seed, tolerance, split, group)
+    settings = _Settings(draws, alpha, seed, tolerance, split, group, optimizer)
     step = Step(model, loss_fn, reference)
     with undisturbed(model):
         return _run(step, batch, settings, progress)
@@ -138,6 +144,7 @@ def audit_step(
     tolerance: float = 0.0,
     split: bool = True,
     group: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
     progress: bool | None = None,
 ) -> AuditReport:
     """Compare what a training loop leaves in ``.grad`` with the gradient of the concatenated batch.
@@ -159,6 +166,7 @@ def audit_step(
         tolerance: as for `audit`.
         split: as for `audit`.
         group: as for `audit`.
+        optimizer: as for `audit`.
         progress: as for `audit`.
 
     Returns:
@@ -181,7 +189,7 @@ def audit_step(
         >>> audit_step(model, loss_fn, (x, y), mean_of_means, draws=8).unbiased
         False
     """
-    settings = _Settings(draws, alpha, seed, tolerance, split, group)
+    settings = _Settings(draws, alpha, seed, tolerance, split, group, optimizer)
     if not callable(accumulate):
         raise AccumulationError(
             f"accumulate must be the loop, a function without arguments that calls backward, but is "
@@ -193,20 +201,30 @@ def audit_step(
 
 
 def _run(step: Step, batch: Any, settings: _Settings, progress: bool | None) -> AuditReport:
+    moments = None
+    if settings.optimizer is not None:
+        moments = read_second_moments(settings.optimizer, step.names, step.parameters)
     pool = Pool(settings.group)
     seed_of = functools.partial(make_seed, settings.seed or 0, pool.rank)
     draws_noise = find_noise(step, batch, seed_of, seed_given=settings.seed is not None)
     exact = step.draw_exact(batch, seed_of("first"))
-    collector = ErrorCollector(exact.tensors, step.names, settings.tolerance)
+    collector = ErrorCollector(
+        exact.tensors, step.names, settings.tolerance, keeps_entries=moments is not None and settings.split
+    )
     check = _check_exact(step, batch, exact, seed_of("first"), draws_noise)
     # Every process reports what any of them found.
     wrong = {name: error for found in pool.gather(check.wrong) for name, error in found if error > settings.tolerance}
     check = dataclasses.replace(check, wrong=tuple(wrong.items()))
     mini_batch = MiniBatchNoise(None, ("mini-batch variance unknown: split=False",))
     if settings.split:
-        mini_batch = measure_mini_batch_noise(step, batch, seed_of, draws_noise=draws_noise)
+        mini_batch = measure_mini_batch_noise(
+            step, batch, seed_of, draws_noise=draws_noise, keeps_entries=moments is not None
+        )
     series = Series(step, batch, collector, seed_of, draws_noise)
     errors, judgement, processes, confirmed = _draw(series, collector, pool, settings, progress)
+    forward_noise = series.forward_noise()
+    # Where they share no random numbers, errors of single entries hold the model's own noise.
+    added = [] if forward_noise == "not shared" else collector.entry_variances()
     squared_norms, *variances = pool.mean(
         [collector.squared_norms, *([] if mini_batch.variances is None else [mini_batch.variances])]
     )
@@ -222,8 +240,9 @@ def _run(step: Step, batch: Any, settings: _Settings, progress: bool | None) -> 
             confirmed=confirmed,
             check=check,
             mini_batch=MiniBatchNoise(variances[0] if variances else None, mini_batch.remarks),
-            forward_noise=series.forward_noise(),
+            forward_noise=forward_noise,
             costs=StepCosts() if step.accumulates else measure_costs(step.model, step.loss_fn, batch),
+            preconditioned=precondition_noise(moments, added, mini_batch.entries, pool),
         )
     )
 

@@ -38,6 +38,8 @@ PROVENANCE = {
     "model's own random numbers do not count",
     "noise_fraction": "measured: the same variance ÷ that of the mini-batch's gradient, which is estimated from the "
     "exact gradients of micro-batches",
+    "preconditioned_noise_fraction": "measured: the same ratio, the variances of every entry divided by what the "
+    "optimizer divides its squared gradient by",
     "max_abs_z": "measured: largest z-score of the mean error over all directions, skewness corrected",
     "band": "computed: Student's two-sided band at alpha ÷ tests",
     "scale": "measured: length of the mean gradient along the exact one, in units of that one",
@@ -121,6 +123,8 @@ class AuditReport:
         mini_batch_relative_variance: variance of the exact gradient as that of a sample of examples, ÷ ``‖g‖²``; None
             if unknown.
         noise_fraction: added variance divided by that of the mini-batch's gradient; None if that is unknown.
+        preconditioned_noise_fraction: the same in units of the optimizer's steps; None without an optimizer, or if that
+            is unknown.
         max_abs_z: largest absolute z-score of all tests.
         z_along_gradient: z-score of the error of the whole gradient along the exact one.
         scale: mean length of the whole gradient along the exact one; 1 is right.
@@ -152,6 +156,7 @@ class AuditReport:
     relative_variance_standard_error: float
     mini_batch_relative_variance: float | None
     noise_fraction: float | None
+    preconditioned_noise_fraction: float | None
     max_abs_z: float
     z_along_gradient: float
     scale: float
@@ -264,6 +269,8 @@ class AuditReport:
         """
         if not isinstance(data, Mapping) or "kind" not in data:
             raise RecordError(f"this is no audit: it should say 'kind': {KIND!r}, but is {describe_value(data)}")
+        # Reports that were written before there was such a figure do not have it.
+        data = {"preconditioned_noise_fraction": None, **data}
         report = read_record(cls, data, kind=KIND, version=VERSION)
         for name, (is_allowed, allowed) in _ALLOWED.items():
             if not is_allowed(getattr(report, name)):

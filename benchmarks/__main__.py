@@ -27,6 +27,7 @@ from benchmarks.plan import measure_plans, measure_theory
 from benchmarks.published import measure_published
 from benchmarks.scan import measure_scans
 from benchmarks.step import measure_steps
+from benchmarks.units import measure_units
 from benchmarks.whole_network import measure_networks
 from benchmarks.worth import judge_worth
 
@@ -47,6 +48,7 @@ _NAMES = (
     "audit",
     "theory",
     "plan",
+    "units",
     "control",
 )
 
@@ -64,7 +66,11 @@ def main() -> None:
         default="all",
         help="what to run (default: all); worth needs step and noise, in this run or in --out",
     )
-    parser.add_argument("--data", type=Path, help="zip of an image folder for noise (default: the bundled digits)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="zip of an image folder for noise; any data of the experiments for units (default: the bundled digits)",
+    )
     parser.add_argument("--epochs", type=int, help="epochs of exact training before noise (default: 1; digits: 15)")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per timing (default: 15)")
     parser.add_argument(
@@ -114,6 +120,8 @@ def _run(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         return measure_theory(seeds=200)
     if name == "plan":
         return measure_plans(epochs=arguments.epochs or 3, draws=3)
+    if name == "units":
+        return measure_units(data=arguments.data, draws=4)
     if name == "laplace":
         return measure_laplace(seeds=8)
     if name == "bias":

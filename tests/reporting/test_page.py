@@ -274,6 +274,10 @@ def test_plan_has_its_layers_and_totals(tmp_path):
     assert "the plan holds 250 B instead of 1000 B and is predicted to add" in summary
     assert find(page, "held") is None
     assert "add 0.05 of the mini-batch variance; c(1 + ω) = 0.25 × 1.05 = 0.263 is below 1" in summary
+    plan = dataclasses.replace(make_plan(*PLANNED), in_optimizer_units=True)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    summary = text_of(find(read(render_page(read_directory(tmp_path))), "summary"))
+    assert "add 0.05 of the mini-batch variance, in units of the optimizer's steps; c(1 + ω)" in summary
     assert "Asked for: memory = 25 %; a remark" in text_of(find(page, "plan"))
 
 

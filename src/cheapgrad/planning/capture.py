@@ -48,6 +48,8 @@ class Call:
         bypassed: storages that only that activation needs, and this layer: a chain of codes lets them go.
         cotangent: G, once backward has run.
         input_gradient: dX of this call, or None.
+        weight_factor: what the weight's gradient is multiplied by, see `Step.units`.
+        bias_factor: the same of the bias.
     """
 
     layer: str
@@ -63,6 +65,8 @@ class Call:
     bypassed: dict[StorageKey, int] = field(default_factory=dict)
     cotangent: Tensor | None = None
     input_gradient: Tensor | None = None
+    weight_factor: float = 1.0
+    bias_factor: float = 1.0
 
     @property
     def activated(self) -> bool:
@@ -76,12 +80,15 @@ class Call:
 
     @property
     def energy(self) -> float:
-        """``Σ_n ‖x_n‖² ‖g_n‖²`` over rows, or examples of convolutions: noise of codes is near proportional to it."""
+        """``Σ_n ‖x_n‖² ‖g_n‖²`` over rows, or examples of convolutions, in units of the weight's gradient.
+
+        Noise of codes is near proportional to it.
+        """
         pair = [
             (tensor.reshape(-1, tensor.shape[-1]) if self.is_matrix else tensor.flatten(1)).square().sum(1)
             for tensor in (self.input, self.use.cotangent)
         ]
-        return float(pair[0].double() @ pair[1].double())
+        return self.weight_factor**2 * float(pair[0].double() @ pair[1].double())
 
     @property
     def use(self) -> LayerUse:
@@ -206,6 +213,9 @@ def capture_pass(step: Step, layers: Mapping[str, nn.Module], batch: Any, *, fin
         gradient, of_inputs = step.gradient(batch, views)
     for (call, _), value in zip(recorder.views, of_inputs, strict=True):
         call.input_gradient = value
+    for call in recorder.calls:
+        call.weight_factor = step.factor_of(getattr(call.module, "weight", None))
+        call.bias_factor = step.factor_of(getattr(call.module, "bias", None))
     return Capture([call for call in recorder.calls if call.cotangent is not None], gradient, step.last_loss)
 
 

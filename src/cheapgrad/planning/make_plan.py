@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import nn
 
 from cheapgrad.convert import Rule
@@ -57,6 +58,7 @@ def plan(
     noise: Budget | None = None,
     strategies: Rule | Sequence[Rule] | None = None,
     skip_small: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Plan:
     r"""Choose a strategy and its budget for every layer, from a budget for the whole step.
 
@@ -78,6 +80,9 @@ def plan(
         strategies: a rule or rules to choose from, their patterns saying for which layers. By default rows of the
             cotangent (examples for convolutions) for `flops`, stochastic rounding for `memory`.
         skip_small: leave layers alone that are too small to pay, as `cheapgrad.approximate` does.
+        optimizer: one that divides gradients by the root of their running mean square, such as Adam, after some steps
+            on this loss: noise is then counted in units of its steps, parameter by parameter (see `optimizer_units`),
+            in the budget, in the choice and in the prediction. Nothing about it is changed.
 
     Returns:
         A `Plan`; ``cheapgrad.approximate(model, plan)`` carries it out.
@@ -101,6 +106,7 @@ def plan(
         ConversionError: if the model is converted already, or not in training mode.
         NoMatchError: if no layer can take any of the strategies.
         ModelTypeError: if `model` is not a module.
+        OptimizerStateError: if the optimizer keeps no second moments, or has stepped none of the parameters yet.
 
     >>> import torch, cheapgrad
     >>> _ = torch.manual_seed(0)
@@ -122,13 +128,15 @@ def plan(
     # Texts are read before anything runs; what they are shares of is not known yet.
     for name, value in given.items():
         read_limit(name, value, 1.0, 1.0)
-    step = Step(model, loss_fn)
+    step = Step(model, loss_fn, optimizer=optimizer)
     candidates, left_out = find_candidates(unwrap(model), strategies, skip_small)
     _keep_asked_moments(candidates, set(given))
-    left_out = [*check_loss(step, used[0]), *left_out]
+    left_out = [*check_loss(step, used[0]), *step.units.remarks, *left_out]
     # Rules of the user's own say for which modules; so does a budget that no code serves.
     has_regions = strategies is None and ("memory" in given or "flops" not in given)
-    return _Planner(step, used, candidates, given, skip_small, left_out, has_regions).make()
+    return _Planner(
+        step, used, candidates, given, skip_small, left_out, has_regions, in_optimizer_units=optimizer is not None
+    ).make()
 
 
 def _take_batches(batches: Iterable[Any]) -> list[Any]:
@@ -175,6 +183,7 @@ class _Planner:
     skip_small: bool
     left_out: list[str]
     has_regions: bool = False
+    in_optimizer_units: bool = False
 
     def make(self) -> Plan:
         """Return the plan."""
@@ -259,6 +268,7 @@ class _Planner:
             skip_small=self.skip_small,
             remarks=(*found.remarks, *self._judge(noise, variance), *self.left_out),
             held=compare_held(report, found.report),
+            in_optimizer_units=self.in_optimizer_units,
         )
 
     def _judge(self, noise: PlanNoise, variance: MiniBatchVariance) -> list[str]:

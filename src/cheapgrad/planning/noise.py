@@ -151,9 +151,9 @@ def _slope_noise(
     module: Any = before.module
     own = 0.0
     if module.weight.requires_grad:
-        own += float(variance_NO.sum(1) @ row_squares(before.input)[index].double())
+        own += before.weight_factor**2 * float(variance_NO.sum(1) @ row_squares(before.input)[index].double())
     if module.bias is not None and module.bias.requires_grad:
-        own += float(variance_NO.sum())
+        own += before.bias_factor**2 * float(variance_NO.sum())
     weight_OI = module.weight if before.kind.name == "Linear" else module.weight.t()
     reached = float(variance_NO.sum(0) @ weight_OI.double().square().sum(1)) if before.wants_input else 0.0
     return Noise(own, below.amplification(before) * reached if reached else 0.0)
@@ -161,10 +161,10 @@ def _slope_noise(
 
 def _input_noise(call: Call, strategy: AbstractStrategy) -> Noise:
     if isinstance(strategy, StochasticRounding) and not call.is_matrix and call.module.groups == 1:
-        return Noise(own=_rounded_image_noise(call, strategy))
+        return Noise(own=call.weight_factor**2 * _rounded_image_noise(call, strategy))
     kind = call.kind
     found = kind.predict_variance(call.module, strategy, Moment.STORED, call.use, strategy.new_memory())
-    return Noise(own=float(found.weight))
+    return Noise(own=call.weight_factor**2 * float(found.weight))
 
 
 def _energy(call: Call, scale: Tensor | None) -> float:
@@ -216,7 +216,8 @@ def _image_noise(call: Call, strategy: ExampleSample, below: PassedDown, scale: 
             geometry.weight_gradient(image, part, shape).double().square().sum()
             for image, part in zip(images.split(1), grad.split(1), strict=True)
         ]
-        own = float(strategy.design.variance(torch.stack(each), scores, count, squared_norm_of_sum))
+        variance = strategy.design.variance(torch.stack(each), scores, count, squared_norm_of_sum)
+        own = call.weight_factor**2 * float(variance)
     products_ZB = below.of(call)
     if products_ZB is None:
         return Noise(own)
@@ -257,5 +258,5 @@ def _drawn_noise(call: Call, strategy: AbstractStrategy, below: PassedDown) -> N
         errors += torch.stack([(one - other).double().square().sum().cpu() for one, other in pairs])
     errors /= _DRAWS
     of_input = float(errors[0]) if call.wants_input else 0.0
-    of_weight = float(errors[-1]) if module.weight.requires_grad else 0.0
+    of_weight = call.weight_factor**2 * float(errors[-1]) if module.weight.requires_grad else 0.0
     return Noise(of_weight, below.amplification(call) * of_input)

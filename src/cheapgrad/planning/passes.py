@@ -31,6 +31,7 @@ from cheapgrad.errors import (
     NondeterministicLossError,
     check_finite_loss,
 )
+from cheapgrad.planning.units import optimizer_units, plain_units
 from cheapgrad.seeding import seed_torch, torch_states_kept
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -45,20 +46,38 @@ class Step:
         model: the model.
         loss_fn: ``(model, batch) -> scalar``.
         seed: torch's random state is set to it before every forward pass, so that dropout and the like do not differ.
+        optimizer: in units of whose steps gradients are returned; None returns them as they are.
+
+    Raises:
+        OptimizerStateError: if the optimizer keeps no second moments of this model's gradient.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFunction, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        seed: int = 0,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         self.model = model
         self.loss_fn = loss_fn
         self.seed = seed
         self._last = torch.tensor(math.nan)
         self.named_parameters = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
         self.parameters = [value for _, value in self.named_parameters]
+        self.units = plain_units(self.parameters)
+        if optimizer is not None:
+            self.units = optimizer_units(optimizer, [name for name, _ in self.named_parameters], self.parameters)
+        self._factors = {id(value): factor for value, factor in zip(self.parameters, self.units.factors, strict=True)}
 
     @property
     def last_loss(self) -> float:
         """The loss that the last gradient is of; NaN before the first."""
         return float(self._last)
+
+    def factor_of(self, parameter: Tensor | None) -> float:
+        """Return what a parameter's gradient is multiplied by; 1 where it is none of those that are trained."""
+        return self._factors.get(id(parameter), 1.0)
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -88,7 +107,7 @@ class Step:
         return loss.sum()
 
     def gradient(self, batch: Any, also: Callable[[], list[Tensor]] = list) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Return the gradient of all parameters, zeros where there is none, and that of other tensors.
+        """Return the gradient of all parameters in `units`, zeros where there is none, and that of other tensors.
 
         Args:
             batch: the batch.
@@ -109,7 +128,7 @@ class Step:
         count = len(self.parameters)
         pairs = zip(self.parameters, found[:count], strict=True)
         own = [torch.zeros_like(parameter) if value is None else value for parameter, value in pairs]
-        return own, list(found[count:])
+        return self.units.scale(own), list(found[count:])
 
 
 def names_of_dropouts(model: nn.Module) -> set[str]:

@@ -90,6 +90,7 @@ class Plan:
         remarks: what else a reader has to know.
         held: what makes up the bytes of `exact` and of `predicted`, by module and operation; none in a plan that was
             written before these were noted.
+        in_optimizer_units: whether every parameter's noise counts by what an optimizer divides its gradient by.
     """
 
     budgets: Mapping[str, str | float]
@@ -102,6 +103,7 @@ class Plan:
     skip_small: bool = True
     remarks: tuple[str, ...] = ()
     held: tuple[HeldPart, ...] = ()
+    in_optimizer_units: bool = False
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -210,6 +212,7 @@ class Plan:
             "skip_small": self.skip_small,
             "remarks": list(self.remarks),
             "held": [dataclasses.asdict(part) for part in self.held],
+            "in_optimizer_units": self.in_optimizer_units,
         }
 
     @classmethod
@@ -268,6 +271,11 @@ class Plan:
     def __str__(self) -> str:
         return self.table()
 
+    @property
+    def units(self) -> str:
+        """What is to be said behind a figure of noise, if anything."""
+        return ", in units of the optimizer's steps" if self.in_optimizer_units else ""
+
     def describe_totals(self) -> list[str]:
         """Return a line for each of bytes, FLOPs and noise."""
         exact, planned = self.exact, self.predicted
@@ -279,7 +287,8 @@ class Plan:
             f"backward FLOPs     {format_flops(exact.backward_flops)} → {format_flops(planned.backward_flops)} "
             f"({self.backward_flops_fraction:.1%}; counted)",
             f"added noise        {planned.noise_fraction:.3g} ± {self.noise_standard_error:.1g} of the mini-batch "
-            f"variance of {self.batches} batches (modelled; {low:.2g} to {high:.2g} for eight in ten{covers})",
+            f"variance of {self.batches} batches{self.units} "
+            f"(modelled; {low:.2g} to {high:.2g} for eight in ten{covers})",
         ]
 
 
@@ -347,6 +356,7 @@ def _build(data: Mapping[str, Any]) -> Plan:
         layers=tuple(_build_layer(layer) for layer in _entries(data, "layers")),
         remarks=tuple(_entries(data, "remarks")),
         held=tuple(HeldPart(**part) for part in _entries(data, "held")) if "held" in data else (),
+        in_optimizer_units=data.get("in_optimizer_units", False),
         **{key: data[key] for key in plain},
     )
 

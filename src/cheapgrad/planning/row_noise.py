@@ -112,7 +112,7 @@ def row_noise_sizes(chain: Sequence[Call], strategies: Sequence[AbstractRowSampl
     rows = chain[-1].use.cotangent.numel() // chain[-1].use.cotangent.shape[-1]
     energy = torch.zeros(2, rows, dtype=torch.float64, device=chain[-1].input.device)
     for call in chain:
-        energy[0] += row_squares(call.input) * row_squares(call.use.cotangent)
+        energy[0] += row_squares(call.input) * row_squares(call.use.cotangent) * call.weight_factor**2
     if chain[0].input_gradient is not None:
         energy[1] += row_squares(chain[0].input_gradient)
     matrices, known = _matrices(chain[-1], None), {}
@@ -207,17 +207,23 @@ def _own_atoms(
     for call, (x_NI, g_NO) in zip(chain, matrices, strict=True):
         module: Any = call.module
         if module.weight.requires_grad:
-            squares.append(_product_squares(x_NI, g_NO, block))
-            pair = (_fold(x_NI, 0), _fold(g_NO, 1)) if is_folded else (x_NI, g_NO)
+            own_NO = _in_units(g_NO, call.weight_factor)
+            squares.append(_product_squares(x_NI, own_NO, block))
+            pair = (_fold(x_NI, 0), _fold(own_NO, 1)) if is_folded else (x_NI, own_NO)
             sums.append(_product_sums(*pair, block))
         if has_biases and module.bias is not None and module.bias.requires_grad:
-            sums_NO = g_NO if block == 1 else g_NO.view(-1, block, g_NO.shape[1]).sum(1)
+            own_NO = _in_units(g_NO, call.bias_factor)
+            sums_NO = own_NO if block == 1 else own_NO.view(-1, block, own_NO.shape[1]).sum(1)
             squares.append(sums_NO.square().sum(1).double())
             sums.append(_plain_sums(sums_NO))
     if not squares:
         empty = torch.zeros(matrices[-1][1].shape[0] // block, dtype=torch.float64, device=matrices[-1][1].device)
         return _Atoms(empty, lambda weights: weights.new_zeros(len(weights)))
     return _Atoms(torch.stack(squares).sum(0), lambda weights: torch.stack([one(weights) for one in sums]).sum(0))
+
+
+def _in_units(cotangent: Tensor, factor: float) -> Tensor:
+    return cotangent if factor == 1 else cotangent * factor
 
 
 def _product_squares(x_NI: Tensor, g_NO: Tensor, block: int) -> Tensor:

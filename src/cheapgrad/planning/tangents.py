@@ -17,6 +17,8 @@ from cheapgrad.planning.passes import Step
 _SEED = 20240601
 # Signs are drawn for the largest parameter and so many entries more; where a parameter's begin is drawn every time.
 _SHIFTS = 1 << 16
+# Where parameters are moved by different lengths, the longest one by so many times the usual share of its size.
+_MOST_TIMES = 8.0
 
 
 def push_forward(
@@ -24,9 +26,9 @@ def push_forward(
 ) -> None:
     """Move all parameters at random and report how the inputs of layers move.
 
-    With z random signs for every parameter and ``u = J z`` the derivative of a layer's input X along z,
-    ``E_z ⟨u, R⟩² = ‖Jᵀ R‖²``: the squared norm of what R, seen as a gradient of X, becomes in the gradients of all
-    parameters below. One forward pass serves all layers at once.
+    With z random signs for every parameter, times the factors of the step's units, and ``u = J z`` the derivative of a
+    layer's input X along z, ``E_z ⟨u, R⟩² = ‖Jᵀ R‖²``: the squared norm of what R, seen as a gradient of X, becomes in
+    the gradients of all parameters below, in these units. One forward pass serves all layers at once.
 
     Args:
         step: the training step.
@@ -47,16 +49,26 @@ def push_forward(
     )
     dtypes = [call.input.dtype for call in calls if call.input.is_floating_point()]
     coarsest = max((torch.finfo(dtype).eps for dtype in dtypes), default=1e-7)
-    length = coarsest**0.4 * (size or 1.0)
+    length = _choose_length(step, coarsest**0.4, size or 1.0)
     by_order = {(call.layer, call.order): call for call in calls if call.wants_input}
     layers = {call.layer: call.module for call in by_order.values()}
     if not by_order:
         return
-    with _Moving(step.parameters, length, _SEED + 1000 * seed) as moving, torch.no_grad():
+    with _Moving(step.parameters, step.units.factors, length, _SEED + 1000 * seed) as moving, torch.no_grad():
         for _ in range(probes):
             moving.move()
             with _watching(layers, lambda key, x: _report(by_order, key, x, length, take)):
                 step.loss(batch)
+
+
+def _choose_length(step: Step, share: float, size: float) -> float:
+    """Return the length of a move of all parameters by signs: a share of their size, and not much more of any one's."""
+    longest = _MOST_TIMES * share * size
+    for parameter, factor in zip(step.parameters, step.units.factors, strict=True):
+        if factor > 1:
+            own = float(parameter.detach().double().square().mean().sqrt()) or size
+            longest = min(longest, _MOST_TIMES * share * own / factor)
+    return min(longest, share * size)
 
 
 def _report(
@@ -77,7 +89,8 @@ class _Moving(contextlib.AbstractContextManager["_Moving"]):
     The signs of one probe are those of the probe before, shifted: drawn once, and still without correlations.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], length: float, seed: int) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], factors: Sequence[float], length: float, seed: int) -> None:
+        self._factors = factors
         self._parameters = [parameter.detach() for parameter in parameters]
         self._old = [parameter.clone() for parameter in self._parameters]
         self._generator = torch.Generator().manual_seed(seed)
@@ -92,9 +105,9 @@ class _Moving(contextlib.AbstractContextManager["_Moving"]):
     def move(self) -> None:
         """Set the parameters to new values."""
         shifts = torch.randint(0, _SHIFTS, (len(self._old),), generator=self._generator).tolist()
-        for parameter, old, shift in zip(self._parameters, self._old, shifts, strict=True):
+        for parameter, old, shift, factor in zip(self._parameters, self._old, shifts, self._factors, strict=True):
             signs = self._signs[parameter.device, parameter.dtype][shift : shift + old.numel()]
-            torch.add(old, signs.view(old.shape), out=parameter)
+            torch.add(old, signs.view(old.shape), alpha=factor, out=parameter)
 
     def __exit__(self, *_: object) -> None:
         """Put the old values back."""

@@ -32,7 +32,7 @@ def describe_plan(plan: Plan, label: str) -> str:
     held = f"holds {format_bytes(planned.saved_bytes)} instead of {format_bytes(exact.saved_bytes)} and "
     return (
         f"{label}: the plan {'' if plan.held else held}is predicted to add {planned.noise_fraction:.3g} of the "
-        f"mini-batch variance; {plan.advice}."
+        f"mini-batch variance{plan.units}; {plan.advice}."
     )
 
 

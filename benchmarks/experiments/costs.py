@@ -98,8 +98,11 @@ def measure_costs(task: Task, methods: Sequence[Method], rounds: int, seed: int)
 def _make_stepper(task: Task, method: Method, batch: Batch, seed: int) -> _Stepper:
     model = task.build_seeded(seed)
     planning = list(itertools.islice(draw_batches(task, task.batch_size, seed), _PLANNING_BATCHES))
-    prepared = prepare(task, method, model, planning)
-    return _Stepper(prepared, batch, make_optimizer(model, 1e-4))
+    optimizer = make_optimizer(model, 1e-4)
+    if method.plans_in_steps:
+        task.compute_loss(model, *batch).backward()
+        optimizer.step()
+    return _Stepper(prepare(task, method, model, planning, optimizer), batch, optimizer)
 
 
 def _first(batch: Batch, count: int) -> Batch:

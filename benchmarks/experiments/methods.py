@@ -31,6 +31,7 @@ from cheapgrad.sketch import (
 
 KEEPS = (0.5, 0.3, 0.1)
 PLANNED_FLOPS = (0.8, 0.6, 0.45)
+IN_STEPS = "in units of AdamW's steps"
 CONTROLLED_NOISE = 0.05
 # A target that moves, from noise that costs little while the loss still falls fast to hardly any.
 SCHEDULED_NOISE = (0.4, 0.02)
@@ -68,6 +69,7 @@ class Method:
         rules: what `cheapgrad.approximate` is given.
         make_rules: makes rules that depend on the model, such as ranks.
         planned_flops: budget of the backward pass for `cheapgrad.plan`, as a share.
+        plans_in_steps: whether the plan's noise is in units of the optimizer's steps.
         controlled_noise: target of `cheapgrad.Controller`, at the first step and at the last.
         exact_between: shares of the training between which gradients are exact.
         checkpoints: whether every block is checkpointed.
@@ -86,6 +88,7 @@ class Method:
     rules: tuple[cheapgrad.Rule, ...] = ()
     make_rules: Callable[[nn.Module], tuple[cheapgrad.Rule, ...]] | None = field(default=None, compare=False)
     planned_flops: float | None = None
+    plans_in_steps: bool = False
     controlled_noise: tuple[float, float] | None = None
     exact_between: tuple[float, float] | None = None
     checkpoints: bool = False
@@ -116,7 +119,7 @@ class Method:
         if self.make_rules is not None:
             return self.label
         if self.planned_flops is not None:
-            return f"plan(flops={self.planned_flops})"
+            return f"plan(flops={self.planned_flops})" + f", {IN_STEPS}" * self.plans_in_steps
         if self.checkpoints:
             return "checkpoint each block"
         return "exact" if self.memory_budget is None else f"compiled, budget {self.memory_budget}"
@@ -313,6 +316,7 @@ def _budgeted() -> list[Method]:
         Method(f"plan(flops={share})", f"plan {share}", planned_flops=share, is_quick=share == 0.6)
         for share in PLANNED_FLOPS
     ]
+    in_steps = Method(f"plan(flops=0.6), {IN_STEPS}", "plan 0.6, optimizer", planned_flops=0.6, plans_in_steps=True)
     constant, moving = (CONTROLLED_NOISE, CONTROLLED_NOISE), SCHEDULED_NOISE
     controlled = [
         Method(
@@ -326,7 +330,7 @@ def _budgeted() -> list[Method]:
             "Controller(noise={:g} to {:g})".format(*moving), "controller", recipes.speed(0.3), controlled_noise=moving
         ),
     ]
-    return [*planned, *controlled]
+    return [*planned, in_steps, *controlled]
 
 
 def _remedies() -> list[Method]:

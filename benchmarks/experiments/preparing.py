@@ -93,7 +93,13 @@ class Prepared:
             return held, peak_memory(lambda: self.draw_gradient(part)).peak_bytes
 
 
-def prepare(task: Task, method: Method, model: nn.Module, batches: Sequence[Batch]) -> Prepared:
+def prepare(
+    task: Task,
+    method: Method,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Prepared:
     """Apply a method to a model in place; wrap or compile it where the method says so.
 
     Args:
@@ -101,6 +107,7 @@ def prepare(task: Task, method: Method, model: nn.Module, batches: Sequence[Batc
         method: the method.
         model: in training mode.
         batches: for methods that plan, at least 2.
+        optimizer: for those that plan in units of its steps; has taken some.
 
     Raises:
         CheapgradError: if the method does not fit the model.
@@ -113,6 +120,7 @@ def prepare(task: Task, method: Method, model: nn.Module, batches: Sequence[Batc
             batches,
             flops=method.planned_flops,
             skip_small=task.skip_small,
+            optimizer=optimizer if method.plans_in_steps else None,
         )
         prepared.handle = cheapgrad.approximate(model, found)
         prepared.remark = f"planned noise {found.predicted.noise_fraction:.3g}"

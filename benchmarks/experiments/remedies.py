@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from benchmarks.experiments.analysis import bytes_share, compare_rows, find_rival, list_distinct, time_share
-from benchmarks.experiments.methods import FIRST_EXACT, SMALL_TOO
+from benchmarks.experiments.methods import FIRST_EXACT, IN_STEPS, SMALL_TOO
 from benchmarks.experiments.results import Row, TaskResults
 from benchmarks.experiments.tables import name_all, write_counted, write_number, write_omega, write_table
 
@@ -15,7 +15,8 @@ _KINDS: tuple[tuple[str, Callable[[Row], bool]], ...] = (
     ("exact gradients for the last fifth", lambda row: row.label.endswith("last 20 % exact")),
     ("a controller of constant target", lambda row: row.family == "controller" and " to " not in row.label),
     ("a controller whose target falls", lambda row: row.family == "controller" and " to " in row.label),
-    ("a plan", lambda row: row.label.startswith("plan(")),
+    ("a plan", lambda row: row.label.startswith("plan(") and not row.label.endswith(IN_STEPS)),
+    (f"a plan {IN_STEPS}", lambda row: row.label.endswith(IN_STEPS)),
     ("codes in small layers too", lambda row: row.label == SMALL_TOO),
     ("codes in small layers too, none of the batch itself", lambda row: row.label == FIRST_EXACT),
     ("a learning rate of its own", lambda row: row.is_tuned and row.family == "speed"),

@@ -65,7 +65,7 @@ def train(task: Task, method: Method, run: TrainingRun) -> dict[str, Any]:
     for step in range(1, run.steps + 1):
         if planned_at and step == planned_at + 1:
             begin = time.perf_counter()
-            state.prepared = prepare(task, method, model, planning)
+            state.prepared = prepare(task, method, model, planning, optimizer)
             state.planning_seconds = time.perf_counter() - begin
         with exactly(state.prepared) if is_exact_step(method, step, run.steps) else contextlib.nullcontext():
             is_finite = state.take_step(next(batches), optimizer)

@@ -40,8 +40,8 @@ def measure_equivalent(results: TaskResults, row: Row) -> Equivalent | None:
     r"""Return the ratio of a method; None without a ruler of the same seeds, or where fewer steps end no worse.
 
     Each training has its whole schedule, so that nothing is read off the middle of one. The ruler is a curve through
-    all exact trainings, ``loss − loss of all steps = a x + b x²``, x the logarithm of all steps ÷ steps, a and b least
-    squares of ``loss / x`` and at least 0; losses below that of all steps are read off its mirror image. The interval
+    all exact trainings, ``loss − loss of all steps = a x + b x²``, x the logarithm of all steps ÷ steps, by least
+    squares, a and b at least 0; losses below that of all steps are read off its mirror image. The interval
     is the jackknife's over the seeds of method, exact training and ruler together, in the logarithm, with Student's t.
     """
     exact = results.exact.collect("test_loss")
@@ -101,22 +101,24 @@ def _find_share(
 
 
 def _fit(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """Return a and b ≥ 0 of the least squares of ``loss / x − a − b x``.
+    """Return the a and b ≥ 0 of the least squares of ``loss − a x − b x²``.
+
+    Losses scatter alike whatever x is: a training of hardly fewer steps says next to nothing about the slope.
 
     >>> [round(value, 9) for value in _fit([(1.0, 3.0), (2.0, 10.0)])]
     [1.0, 2.0]
     >>> _fit([(1.0, -3.0), (2.0, -10.0)])
     (0.0, 0.0)
     """
-    pairs = [(share, loss / share) for share, loss in points]
-    count = len(pairs)
-    mean_share, mean_slope = (sum(values) / count for values in zip(*pairs, strict=True))
-    spread = sum((share - mean_share) ** 2 for share, _ in pairs)
-    bend = sum((share - mean_share) * (slope - mean_slope) for share, slope in pairs) / spread if spread > 0 else 0.0
-    slope = mean_slope - bend * mean_share
+    pairs = list(points)
+    squares, cubes, fourths = (sum(share**power for share, _ in pairs) for power in (2, 3, 4))
+    products, bent = (sum(share**power * loss for share, loss in pairs) for power in (1, 2))
+    determinant = squares * fourths - cubes**2
+    straight = (max(0.0, products / squares), 0.0)
+    # A single length, but for rounding, is a straight line.
+    if determinant <= 1e-9 * squares * fourths:
+        return straight
+    slope, bend = (products * fourths - bent * cubes) / determinant, (bent * squares - products * cubes) / determinant
     if bend < 0:
-        return max(0.0, mean_slope), 0.0
-    if slope < 0:
-        squares = sum(share**2 for share, _ in pairs)
-        return 0.0, max(0.0, sum(share * value for share, value in pairs) / squares)
-    return slope, bend
+        return straight
+    return (slope, bend) if slope >= 0 else (0.0, max(0.0, bent / fourths))

@@ -62,6 +62,15 @@ def test_one_lucky_training_does_not_set_the_ruler():
     assert 0.5 < measure(0.98, shorten(90, 1.00001), shorten(60), shorten(40)).ratio < 1
 
 
+def test_a_training_of_hardly_fewer_steps_says_next_to_nothing():
+    scatter = 0.004 * np.array([1.0, -0.5, 0.8, -1.0, 0.2])
+    ruler = [shorten(steps, lose(steps) + 0.004 * np.roll([0.3, -1.0, 0.9, 0.1, -0.2], steps)) for steps in (70, 40)]
+    row_loss = lose(65) + 0.002 * np.array([0.5, 1.0, -1.0, 0.3, -0.7])
+    without, with_it = (measure(row_loss, *ruler, *more) for more in ([], [shorten(99, lose(99) + scatter)]))
+    assert with_it.ratio == pytest.approx(without.ratio, rel=0.01)
+    assert with_it.high / with_it.low == pytest.approx(without.high / without.low, rel=0.05)
+
+
 def test_interval_covers_the_truth_with_scatter_in_method_and_ruler():
     generator, hits, count = np.random.default_rng(0), 0, 400
     for _ in range(count):

@@ -180,10 +180,9 @@ def write_results(trials: Trials, records: Finds, command: str, directory: Path)
     for task in trials.tasks:
         path = directory / f"{make_slug(task.name)}.jsonl"
         rows, used = _list_rows(trials, task, records)
-        noise = trials.declare_noise(task, records)
-        weighed = records.find(identify(noise)) if noise is not None else None
-        if weighed is not None:
-            used[weighed["id"]] = weighed
+        noise = [records.find(identify(run)) for run in trials.list_noise_runs(task, records)]
+        weighed = {record["id"]: record for record in noise if record is not None}
+        used |= weighed
         before = {record["id"]: record for record in Lines(path)}
         everything = {**before, **{record["id"]: record for record in records}}
         head = {
@@ -195,7 +194,7 @@ def write_results(trials: Trials, records: Finds, command: str, directory: Path)
             "is_text": task.dataset.is_text,
             "command": command,
             "left_out": _list_left_out(trials, task, everything.values(), used),
-            "weighed": weighed["id"] if weighed is not None else None,
+            "weighed": list(weighed),
             "rows": rows,
         }
         same = {name: head[name] for name in ("task", "network", "data")}
@@ -320,7 +319,6 @@ def _read_task(path: Path) -> TaskResults:
         head = json.loads(stream.readline())
     records = Lines(path)
     rows = tuple(_read_row(row, records) for row in head["rows"])
-    weighed = _find_whole(records, head["weighed"]) if head.get("weighed") else None
     environments: dict[str, dict[str, Any]] = {}
     for record in sorted((record for row in rows for record in row.runs.values()), key=lambda each: each["id"]):
         environment = {name: record["environment"][name] for name in ("processor", "torch", "commit")}
@@ -334,8 +332,19 @@ def _read_task(path: Path) -> TaskResults:
         tuple(head["left_out"]),
         rows,
         tuple(environments[key] for key in sorted(environments)),
-        tuple(weighed["result"]["points"]) if weighed is not None else (),
+        _read_weighed(head.get("weighed") or [], records),
     )
+
+
+def _read_weighed(identities: str | list[str], records: Lines) -> tuple[dict[str, Any], ...]:
+    """Return the points of the training at which noise was weighed, the methods of all runs at each of them."""
+    # Files from before there were several runs name one.
+    runs = [identities] if isinstance(identities, str) else identities
+    points: dict[int, dict[str, Any]] = {}
+    for identity in runs:
+        for point in _find_whole(records, identity)["result"]["points"]:
+            points.setdefault(point["step"], {}).update(point["methods"])
+    return tuple({"step": step, "methods": methods} for step, methods in sorted(points.items()))
 
 
 def _find_whole(records: Lines, identity: str) -> Record:

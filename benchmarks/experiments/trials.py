@@ -27,14 +27,17 @@ TUNING_SEEDS = (100,)
 _SAME_SIZE = 0.05
 # What a pattern has to match for the noise of these methods to be weighed, all at the weights of one exact training.
 WEIGHED = "noise in units of the optimizer's steps"
-_WEIGHED_METHODS = (
-    EXACT.label,
-    *(
-        f"{family}{keep}{end}"
-        for family, end in (("recipes.speed(", ")"), ("uniform masks, rows ", ""))
-        for keep in KEEPS
+# A run for each group, so that a new group leaves the others' records valid.
+_WEIGHED_GROUPS = (
+    (
+        *(
+            f"{family}{keep}{end}"
+            for family, end in (("recipes.speed(", ")"), ("uniform masks, rows ", ""))
+            for keep in KEEPS
+        ),
+        *(f"recipes.memory({bits})" for bits in (4, 2)),
     ),
-    *(f"recipes.memory({bits})" for bits in (4, 2)),
+    tuple(f"{family} {keep}" for family in ("cotangent examples", "stored rows", "stored features") for keep in KEEPS),
 )
 _NOISE_POINTS, _NOISE_BATCHES, _NOISE_DRAWS = (0.1, 0.3, 0.5, 0.7, 0.9), 32, 1
 
@@ -94,7 +97,7 @@ class Trials:
         if any(records.find(identify(run)) is None for run in costs):
             return costs
         tuning = [run for task in self._trained_tasks() for run in self._declare_tuning(task, records)]
-        noise = [run for task in self._trained_tasks() if (run := self.declare_noise(task, records)) is not None]
+        noise = [run for task in self._trained_tasks() for run in self.list_noise_runs(task, records)]
         return [*costs, *tuning, *noise, *[trial.run for trial in self.list_trials(records)]]
 
     def list_cost_runs(self, task: Task, measurement: int = 0) -> list[CostRun]:
@@ -139,25 +142,29 @@ class Trials:
                     for seed in self.seeds:
                         yield Trial(task, method, is_tuned, self._declare_training(task, method, size, rate, seed))
 
-    def declare_noise(self, task: Task, records: Finds) -> NoiseRun | None:
-        """Return the run that weighs noise; None where it is not wanted, or the rate of exact training unknown yet."""
+    def list_noise_runs(self, task: Task, records: Finds) -> list[NoiseRun]:
+        """Return the runs that weigh noise; none where they are not wanted, or the rate of exact training unknown."""
         rate = self.choose_rate(task, EXACT, records)
         if rate is None or not self._is_wanted(WEIGHED):
-            return None
-        return NoiseRun(
-            task=task.name,
-            network=task.network,
-            data=task.data,
-            batch_size=task.batch_size,
-            methods=tuple(method.step_words for method in self.methods if method.label in _WEIGHED_METHODS),
-            steps=task.steps,
-            learning_rate=rate,
-            seed=0,
-            points=_NOISE_POINTS,
-            # Of one pass over the data, and no more than half of it: the batches are to be nearly independent.
-            batches=max(2, min(_NOISE_BATCHES, len(task.dataset.train) // task.batch_size // 2)),
-            draws=_NOISE_DRAWS,
-        )
+            return []
+        return [
+            NoiseRun(
+                task=task.name,
+                network=task.network,
+                data=task.data,
+                batch_size=task.batch_size,
+                methods=tuple(each.step_words for each in self.methods if each is EXACT or each.label in labels),
+                steps=task.steps,
+                learning_rate=rate,
+                seed=0,
+                points=_NOISE_POINTS,
+                # Of one pass over the data, and no more than half of it: the batches are to be nearly independent.
+                batches=max(2, min(_NOISE_BATCHES, len(task.dataset.train) // task.batch_size // 2)),
+                draws=_NOISE_DRAWS,
+            )
+            for labels in _WEIGHED_GROUPS
+            if any(each.label in labels for each in self.methods)
+        ]
 
     def list_wanted(self) -> list[Method]:
         """Return the methods that are trained: the exact one, and those that match a pattern."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,9 @@ from benchmarks.experiments.noise import measure_noise
 from benchmarks.experiments.pictures import draw_predictions
 from benchmarks.experiments.predictions import list_predictions, write_predictions
 from benchmarks.experiments.preparing import prepare
+from benchmarks.experiments.results import read_results, write_results
+from benchmarks.experiments.runner import work
+from benchmarks.experiments.store import Store
 from benchmarks.experiments.tasks import make_perceptron_task
 from benchmarks.experiments.training import draw_batches, make_optimizer, rate_share
 from benchmarks.experiments.trials import WEIGHED, Trials
@@ -107,8 +111,11 @@ def test_noise_is_that_of_the_method_at_the_weights_of_exact_training(trials, mo
     monkeypatch.setattr(Trials, "choose_rate", lambda self, task, method, records: 1e-2)
     (task,) = trials.tasks
     uniform = next(method for method in trials.methods if method.label == "uniform masks, rows 0.5")
-    run = trials.declare_noise(task, None)
+    run, other = trials.list_noise_runs(task, None)
     assert set(run.methods) > {"exact", uniform.step_words}
+    # A group of its own, measured at the same weights.
+    assert set(run.methods) & set(other.methods) == {"exact"}
+    assert replace(other, methods=run.methods) == run
     run = replace(run, methods=("exact", uniform.step_words), points=(0.5,), draws=20)
     found = trials.execute(run)["points"][0]
     assert found["step"] == 2
@@ -135,17 +142,37 @@ def test_noise_is_that_of_the_method_at_the_weights_of_exact_training(trials, mo
 def test_weights_of_the_model_are_not_touched_by_what_is_measured(trials, monkeypatch):
     monkeypatch.setattr(Trials, "choose_rate", lambda self, task, method, records: 1e-2)
     (task,) = trials.tasks
-    run = replace(trials.declare_noise(task, None), batches=2)
+    run = replace(trials.list_noise_runs(task, None)[0], batches=2)
     alone = measure_weighed_noise(task, [EXACT], run)
     beside = trials.execute(run)
     assert beside["points"][1]["methods"]["exact"] == alone["points"][1]["methods"]["exact"]
 
 
+def test_methods_of_all_groups_are_read_back_at_each_point(trials, tmp_path):
+    trials = replace(trials, seeds=(0,), rounds=2)
+    store = Store(tmp_path / "store")
+    assert work(trials, store) == []
+    write_results(trials, store, "the command", tmp_path)
+    (path,) = tmp_path.glob("*.jsonl")
+    (results,) = read_results(tmp_path)
+    runs = trials.list_noise_runs(trials.tasks[0], store)
+    assert len(runs) == 2
+    assert len(results.weighed) == len({point["step"] for point in results.weighed})
+    for point in results.weighed:
+        assert set(point["methods"]) == {words for run in runs for words in run.methods}
+    # A file from before there were several runs names one.
+    head, *lines = path.read_text().splitlines()
+    first = json.loads(head)["weighed"][0]
+    path.write_text("\n".join([json.dumps({**json.loads(head), "weighed": first}), *lines]) + "\n")
+    (results,) = read_results(tmp_path)
+    assert {words for point in results.weighed for words in point["methods"]} == set(runs[0].methods)
+
+
 def test_it_is_made_only_where_it_is_wanted(trials, monkeypatch):
     monkeypatch.setattr(Trials, "choose_rate", lambda self, task, method, records: 1e-2)
-    assert replace(trials, wanted=("recipes.*",)).declare_noise(trials.tasks[0], None) is None
+    assert replace(trials, wanted=("recipes.*",)).list_noise_runs(trials.tasks[0], None) == []
     monkeypatch.setattr(Trials, "choose_rate", lambda self, task, method, records: None)
-    assert trials.declare_noise(trials.tasks[0], None) is None
+    assert trials.list_noise_runs(trials.tasks[0], None) == []
 
 
 def weigh(omega, of_others, omega_adamw, noise_to_signal, noise_to_signal_adamw):

@@ -26,6 +26,7 @@ from benchmarks.parts import measure_parts
 from benchmarks.plan import measure_plans, measure_theory
 from benchmarks.published import measure_published
 from benchmarks.scan import measure_scans
+from benchmarks.shape import measure_shapes
 from benchmarks.step import measure_steps
 from benchmarks.units import measure_units
 from benchmarks.whole_network import measure_networks
@@ -49,6 +50,7 @@ _NAMES = (
     "theory",
     "plan",
     "units",
+    "shape",
     "control",
 )
 
@@ -69,7 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        help="zip of an image folder for noise; any data of the experiments for units (default: the bundled digits)",
+        help="zip of an image folder for noise; data of the experiments for units and shape (default: bundled digits)",
     )
     parser.add_argument("--epochs", type=int, help="epochs of exact training before noise (default: 1; digits: 15)")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per timing (default: 15)")
@@ -122,6 +124,8 @@ def _run(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         return measure_plans(epochs=arguments.epochs or 3, draws=3)
     if name == "units":
         return measure_units(data=arguments.data, draws=4)
+    if name == "shape":
+        return measure_shapes(data=arguments.data)
     if name == "laplace":
         return measure_laplace(seeds=8)
     if name == "bias":

@@ -37,15 +37,8 @@ def measure_units(*, data: Path | None, draws: int) -> Iterator[dict[str, Any]]:
     for task in tasks:
         if any(isinstance(module, nn.Conv2d) for module in task.build_seeded(0).modules()):
             continue
-        model = task.build_seeded(0)
-        optimizer = make_optimizer(model, _RATE)
         steps = max(1, round(_SHARE * task.steps))
-        batches = draw_batches(task, task.batch_size, seed=0)
-        for batch in track(itertools.islice(batches, steps), "training exactly", steps, transient=True):
-            optimizer.zero_grad(set_to_none=True)
-            task.compute_loss(model, *batch).backward()
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        model, optimizer, batches = train_exactly(task, steps)
         planned = list(itertools.islice(batches, _BATCHES))
         for given in (None, optimizer):
             plan = cheapgrad.plan(
@@ -60,6 +53,19 @@ def measure_units(*, data: Path | None, draws: int) -> Iterator[dict[str, Any]]:
             record |= {"backward_flops_fraction": plan.backward_flops_fraction}
             drawn = _Drawn.of(task, model, plan, planned, draws).weigh(model, optimizer)
             yield record | {"predicted": plan.predicted.noise_fraction} | drawn
+
+
+def train_exactly(task: Task, steps: int) -> tuple[nn.Module, torch.optim.Optimizer, Iterator[tuple[Tensor, Tensor]]]:
+    """Return a model after some steps of AdamW at a constant rate, its optimizer, and the batches that come next."""
+    model = task.build_seeded(0)
+    optimizer = make_optimizer(model, _RATE)
+    batches = draw_batches(task, task.batch_size, seed=0)
+    for batch in track(itertools.islice(batches, steps), "training exactly", steps, transient=True):
+        optimizer.zero_grad(set_to_none=True)
+        task.compute_loss(model, *batch).backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return model, optimizer, batches
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from benchmarks.experiments.methods import Method, list_methods
 from benchmarks.experiments.tasks import Task, make_full_tasks, make_quick_tasks
 from benchmarks.experiments.training import draw_batches
 from benchmarks.units import train_exactly
-from cheapgrad.auditing.preconditioned_noise import SecondMoments, read_second_moments, weigh_by_steps
+from cheapgrad.auditing.preconditioned_noise import SecondMoments, read_second_moments
 from cheapgrad.curvature import GaussNewton
 
 _LABELS = (
@@ -67,6 +67,7 @@ class _Noise:
         self, task: Task, model: nn.Module, moments: SecondMoments, batches: Sequence[tuple[Tensor, Tensor]]
     ) -> None:
         self._task, self._model, self._moments, self._batches = task, model, moments, batches
+        self._divisors = [moment.read().sqrt() + moment.epsilon for moment in moments.known]
         held_out = next(draw_batches(task, _EXAMPLES, _EXAMPLES_SEED))
         self._curvature = GaussNewton(model, nn.functional.cross_entropy, held_out)
         self._exact = [self._draw(batch) for batch in batches]
@@ -83,14 +84,10 @@ class _Noise:
         pairs = zip(drawn, self._exact, strict=True)
         errors = [[one - other for one, other in zip(*pair, strict=True)] for pair in pairs]
         added = [torch.stack(parts).double().square().mean(0) for parts in zip(*errors, strict=True)]
-        sums = torch.zeros(2, dtype=torch.float64)
-        for own, batch, moment, epsilon in zip(
-            added, self._variance, self._moments.moments, self._moments.epsilons, strict=True
-        ):
-            sums += torch.tensor(weigh_by_steps([own, batch], own, moment, epsilon), dtype=torch.float64)
+        above, below = self._moments.sum_by_steps(added, added, self._variance)
         return {
             "noise": float(sum(own.sum() for own in added) / sum(batch.sum() for batch in self._variance)),
-            "by_entry": float(sums[0] / sums[1]),
+            "by_entry": above / below,
             "by_curvature": self._bend_along(errors) / self._bend,
         }
 
@@ -98,8 +95,8 @@ class _Noise:
         """Return the mean of ``uᵀ G u``, u an error in units of the optimizer's steps and G the Gauss-Newton matrix."""
         total = 0.0
         for error in errors:
-            parts = zip(error, self._moments.moments, self._moments.epsilons, strict=True)
-            step = torch.cat([(part / (moment.sqrt() + epsilon)).flatten() for part, moment, epsilon in parts]).float()
+            parts = zip(error, self._divisors, strict=True)
+            step = torch.cat([(part / divisor).flatten() for part, divisor in parts]).float()
             total += float(step.double() @ (self._curvature @ step).double())
         return total / len(errors)
 

@@ -16,7 +16,7 @@ import cheapgrad
 from benchmarks.experiments.datasets import load, load_digit_pixels
 from benchmarks.experiments.tasks import Task, make_full_tasks, make_quick_tasks
 from benchmarks.experiments.training import draw_batches, make_optimizer
-from cheapgrad.auditing.preconditioned_noise import SecondMoments, read_second_moments, weigh_by_steps
+from cheapgrad.auditing.preconditioned_noise import read_second_moments
 from cheapgrad.planning.units import optimizer_units
 
 _FLOPS = 0.6
@@ -98,10 +98,11 @@ class _Drawn:
         names, parameters = zip(*model.named_parameters(), strict=True)
         moments = read_second_moments(optimizer, names, parameters)
         factors = optimizer_units(optimizer, names, parameters).factors
+        above, below = moments.sum_by_steps(self.added, self.added, self.mini_batch)
         return {
             "drawn_plain": self._divide([1.0] * len(factors)),
             "drawn_by_parameter": self._divide(factors),
-            "drawn_by_entry": self._weigh_entries(moments),
+            "drawn_by_entry": above / below,
         }
 
     def _divide(self, factors: Sequence[float]) -> float:
@@ -109,12 +110,4 @@ class _Drawn:
             sum(factor**2 * float(one.sum()) for factor, one in zip(factors, values, strict=True))
             for values in (self.added, self.mini_batch)
         )
-        return above / below
-
-    def _weigh_entries(self, moments: SecondMoments) -> float:
-        pairs = [
-            weigh_by_steps([self.added[at], self.mini_batch[at]], self.added[at], moment, epsilon)
-            for at, moment, epsilon in zip(moments.positions, moments.moments, moments.epsilons, strict=True)
-        ]
-        above, below = (sum(values) for values in zip(*pairs, strict=True))
         return above / below

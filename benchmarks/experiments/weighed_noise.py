@@ -124,7 +124,7 @@ def _measure_point(
         for method in methods:
             prepared = prepare(task, method, model, batches)
             added = _measure_added(prepared, batches, exact, run.draws)
-            weighed = weigh_noise(exact, added, moments.moments, moments.epsilons[0])
+            weighed = weigh_noise(exact, added, [one.read() for one in moments.known], optimizer.defaults["eps"])
             if prepared.handle is not None:
                 prepared.handle.revert()
             found[method.step_words] = _make_plain(weighed, names)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cheapgrad.auditing._examples import map_tensors
+from cheapgrad.auditing._precision import find_lowest_precision
 from cheapgrad.auditing._step import DrawnGradient, LossFunction, Step, exact_step
 from cheapgrad.auditing._surroundings import seed_all
 
@@ -202,18 +203,9 @@ def _is_distributed() -> bool:
 
 
 def _lowest_precision(step: Step, batch: Any, seed: int) -> torch.dtype:
-    """Return the coarsest type of the tensors that the forward pass holds for backward."""
-    dtypes = {torch.float64}
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point():
-            dtypes.add(tensor.dtype)
-        return tensor
-
     seed_all(seed)
-    with exact_step(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        step.loss_fn(step.model, batch)
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    with exact_step():
+        return find_lowest_precision(lambda: step.loss_fn(step.model, batch))
 
 
 def _typical_size(tensor: Tensor) -> float:

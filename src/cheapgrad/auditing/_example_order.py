@@ -12,14 +12,16 @@ from torch import Tensor
 from cheapgrad.auditing._errors_drawn import inner_product
 from cheapgrad.auditing._examples import reverse_examples
 from cheapgrad.auditing._forward_noise import same_number
+from cheapgrad.auditing._precision import find_lowest_precision
 from cheapgrad.auditing._step import DrawnGradient, Step
 from cheapgrad.errors import BatchOrderError
 
 # By how much loss and gradient may change with the order of examples: sums are rounded in another order. Of a network
-# that has learned nothing the loss hardly depends on its input; the gradient does.
-# A loss near zero may be what is left of a sum of numbers that cancel, so that it counts as `LEAST_LOSS` at least.
-SAME_LOSS_ULPS, LEAST_LOSS = 4096, 1e-3
-_SAME_GRADIENT, _SAME_GRADIENT_ULPS = 0.01, 8
+# that has learned nothing the loss hardly depends on its input; the gradient does. Half precision has few places to
+# lose: there fewer units in the last place are allowed.
+# A loss near zero may be what is left of a sum of numbers that cancel, so that it counts as `_LEAST_LOSS` at least.
+_SAME_LOSS_ULPS, _LEAST_LOSS = 4096, 1e-3
+_SAME_GRADIENT, _SAME_ULPS = 0.01, 8
 
 
 def check_order(
@@ -59,8 +61,14 @@ def check_order(
             # A backward pass that draws by itself; its gradient tells nothing.
             whole = DrawnGradient([], whole.loss)
     distance = _distance(whole, other)
-    slack = SAME_LOSS_ULPS * torch.finfo(_dtype(step)).eps * max(abs(_loss(whole)), LEAST_LOSS)
-    if not (abs(_loss(whole) - _loss(other)) <= slack and is_same_order(distance, _dtype(step))):
+
+    def is_rounding(precision: torch.dtype) -> bool:
+        return is_same_loss(_loss(whole), _loss(other), precision) and is_same_order(distance, precision)
+
+    # Only where it matters: what a pass is computed in may be coarser than its parameters are.
+    if not is_rounding(_dtype(step)) and not is_rounding(
+        find_lowest_precision(lambda: step.draw_exact(batch, make_seed("whole")))
+    ):
         raise BatchOrderError(
             f"the loss{where} is {_loss(whole):.9g}, and {_loss(other):.9g} with the batch's {examples} entries of the "
             f"first axis in reverse order, and the gradient differs by {distance:.2g} of its length, so these are no "
@@ -69,14 +77,27 @@ def check_order(
     return ()
 
 
+def is_same_loss(first: float, second: float, dtype: torch.dtype) -> bool:
+    """Tell whether losses of two orders of a batch differ by rounding only.
+
+    Args:
+        first: finite.
+        second: may be anything.
+        dtype: what they were computed in.
+    """
+    unit = torch.finfo(dtype).eps
+    slack = min(_SAME_LOSS_ULPS * unit, max(_SAME_ULPS * unit, _SAME_LOSS_ULPS * torch.finfo(torch.float32).eps))
+    return abs(first - second) <= slack * max(abs(first), abs(second), _LEAST_LOSS)
+
+
 def is_same_order(distance: float, dtype: torch.dtype) -> bool:
     """Tell whether gradients of two orders of a batch differ by rounding only.
 
     Args:
         distance: of the two, as `measure_distance` returns it.
-        dtype: of the parameters.
+        dtype: what they were computed in.
     """
-    return distance <= max(_SAME_GRADIENT, _SAME_GRADIENT_ULPS * torch.finfo(dtype).eps)
+    return distance <= max(_SAME_GRADIENT, _SAME_ULPS * torch.finfo(dtype).eps)
 
 
 def measure_distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

@@ -21,7 +21,36 @@ _DECAYS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
     "exp_avg_sq": lambda group: group["betas"][1] if "betas" in group else None,
     "square_avg": lambda group: group.get("alpha"),
 }
+# What stands beside it: anything else may mean that it is not of the gradient's own entries.
+_COMPANIONS = {"step", "exp_avg", "momentum_buffer", "grad_avg", "mu_product"}
 _KNOWN = "Adam, AdamW, NAdam, RAdam or RMSprop"
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """What an optimizer divides the gradient of one parameter by.
+
+    Attributes:
+        position: of the parameter, among those that were asked about.
+        epsilon: ε, added to the root.
+        state: what the optimizer keeps of the parameter.
+        key: under which the running mean of the squared gradient stands there.
+        share_seen: how much of that mean is not its start at zero.
+    """
+
+    position: int
+    epsilon: float
+    state: Mapping[str, Any]
+    key: str
+    share_seen: float
+
+    def read(self) -> Tensor:
+        """Return v, the running mean of the squared gradient, corrected for its start at zero: whole, in float64."""
+        moment = as_dense(self.state[self.key].detach()).double() / self.share_seen
+        if "grad_avg" in self.state:
+            # A centred optimizer divides by the deviation.
+            moment -= (as_dense(self.state["grad_avg"].detach()).double() / self.share_seen).square()
+        return moment.clamp_min_(0)
 
 
 @dataclass(frozen=True)
@@ -29,16 +58,26 @@ class SecondMoments:
     """What an optimizer divides gradients by.
 
     Attributes:
-        positions: of the parameters that it has stepped, among those that were asked about.
-        moments: v of each of these: running mean of its squared gradient, corrected for its start at zero.
-        epsilons: ε of each, added to the root.
-        remark: what a reader has to know, if anything.
+        known: of the parameters that it has stepped, in their order.
+        remarks: what a reader has to know.
     """
 
-    positions: tuple[int, ...]
-    moments: tuple[Tensor, ...]
-    epsilons: tuple[float, ...]
-    remark: str = ""
+    known: tuple[SecondMoment, ...]
+    remarks: tuple[str, ...] = ()
+
+    def sum_by_steps(self, added: Sequence[Tensor], *values: Sequence[Tensor]) -> list[float]:
+        """Return the sums of values over all entries of all parameters, in units of the steps; see `weigh_by_steps`.
+
+        Args:
+            added: variance that a method adds to every entry, by parameter.
+            values: what is summed, each by parameter.
+        """
+        sums = [0.0] * len(values)
+        for moment in self.known:
+            at = moment.position
+            own = weigh_by_steps([one[at] for one in values], added[at], moment.read(), moment.epsilon)
+            sums = [total + value for total, value in zip(sums, own, strict=True)]
+        return sums
 
 
 @dataclass(frozen=True)
@@ -67,16 +106,15 @@ def precondition_noise(
     """
     if moments is None:
         return PreconditionedNoise()
-    sums = torch.full((2,), math.nan, dtype=torch.float64)
-    if added and mini_batch:
-        sums.zero_()
-        for position, moment, epsilon in zip(moments.positions, moments.moments, moments.epsilons, strict=True):
-            values = [added[position], mini_batch[position]]
-            sums += torch.tensor(weigh_by_steps(values, added[position], moment, epsilon), dtype=torch.float64)
-    above, below = pool.mean([sums])[0].tolist()
+    is_known = bool(added) and bool(mini_batch)
+    sums = moments.sum_by_steps(added, added, mini_batch) if is_known else [math.nan, math.nan]
+    above, below = pool.mean([torch.tensor(sums, dtype=torch.float64)])[0].tolist()
     if math.isnan(above):
-        return PreconditionedNoise(None, ("noise in units of the optimizer's steps unknown",))
-    return PreconditionedNoise(relative(above, below), (moments.remark,) if moments.remark else ())
+        reason = "the mini-batch's variance is"
+        if mini_batch:
+            reason = "the step and its reference draw different random numbers, and so is the noise of single entries"
+        return PreconditionedNoise(None, (f"noise in units of the optimizer's steps unknown, because {reason}",))
+    return PreconditionedNoise(relative(above, below), moments.remarks)
 
 
 def read_second_moments(
@@ -90,35 +128,41 @@ def read_second_moments(
         parameters: those that are asked about.
 
     Raises:
-        OptimizerStateError: it is no optimizer, keeps no such moments, or has stepped none of the parameters.
+        OptimizerStateError: it is no optimizer, holds none of the parameters, has stepped none of them, keeps no such
+            moments, or some that are not finite.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise OptimizerStateError(f"optimizer must be a torch.optim.Optimizer, but is {describe_value(optimizer)}")
+    kind = type(optimizer).__name__
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    positions, moments, epsilons = [], [], []
-    left_out = []
+    strange = [name for name, parameter in zip(names, parameters, strict=True) if parameter not in groups]
+    waiting, known = [], []
     for position, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-        state, group = optimizer.state.get(parameter, {}), groups.get(parameter)
-        if group is None or not state or _count_steps(state, group) == 0:
-            left_out.append(name)
+        if parameter not in groups:
             continue
-        positions.append(position)
-        moments.append(_read_moment(optimizer, state, group))
-        epsilons.append(float(group.get("eps", 0.0)))
-    if not positions:
-        kind = type(optimizer).__name__
+        state, group = optimizer.state.get(parameter, {}), groups[parameter]
+        if not state or _count_steps(state, group) == 0:
+            waiting.append(name)
+        elif parameter.numel():
+            known.append(_find_moment(kind, name, position, state, group))
+    if len(strange) == len(names):
+        raise OptimizerStateError(
+            f"the {kind} holds none of this model's {len(names)} trainable parameters; pass the optimizer that steps "
+            "them, made for this very model and not for a copy of it"
+        )
+    if not known:
         raise OptimizerStateError(
             f"the {kind} has no state for any of the {len(names)} trainable parameters: either it has taken no step "
-            f"yet, or it keeps none, as SGD without momentum does; pass {_KNOWN} over this model's parameters, after "
-            "some steps of training. For an optimizer that takes gradients as they are, noise_fraction is the figure"
+            f"yet, or it keeps none, as SGD without momentum does; pass {_KNOWN} after some steps of training. For an "
+            "optimizer that takes gradients as they are, noise_fraction is the figure"
         )
-    remark = ""
-    if left_out:
-        remark = (
-            f"the optimizer has not stepped {len(left_out)} of {len(names)} parameters, the first one is "
-            f"{left_out[0]}; the noise in units of its steps is that of all others"
-        )
-    return SecondMoments(tuple(positions), tuple(moments), tuple(epsilons), remark)
+    remarks = [
+        f"the optimizer {what} {len(left)} of {len(names)} parameters, the first one is {left[0]}; noise in units of "
+        "its steps is that of the others"
+        for what, left in (("does not hold", strange), ("has not stepped", waiting))
+        if left
+    ]
+    return SecondMoments(tuple(known), tuple(remarks))
 
 
 def _count_steps(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
@@ -126,21 +170,25 @@ def _count_steps(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
     return float(state.get("step", group.get("step", math.inf)))
 
 
-def _read_moment(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+def _find_moment(
+    kind: str, name: str, position: int, state: Mapping[str, Any], group: Mapping[str, Any]
+) -> SecondMoment:
     for key, find_decay in _DECAYS.items():
         decay = find_decay(group)
-        if key not in state or decay is None:
+        if key not in state or decay is None or not set(state) <= {*_DECAYS, *_COMPANIONS}:
             continue
-        share_seen = 1 - decay ** _count_steps(state, group)
-        moment = as_dense(state[key].detach()).double() / share_seen
-        if "grad_avg" in state:
-            # A centred optimizer divides by the deviation.
-            moment -= (as_dense(state["grad_avg"].detach()).double() / share_seen).square()
-        return moment.clamp_min_(0)
+        share_seen = 1 - float(decay) ** _count_steps(state, group)
+        found = SecondMoment(position, float(group.get("eps", 0.0)), state, key, share_seen)
+        if not bool(found.read().isfinite().all()):
+            raise OptimizerStateError(
+                f"the second moments of {name!r} that the {kind} keeps are not finite, so that its steps have no unit; "
+                "go on from a state that was saved before"
+            )
+        return found
     raise OptimizerStateError(
-        f"the {type(optimizer).__name__} keeps no running mean of squared gradients, entry by entry, that is known "
-        f"here, but {', '.join(map(str, state))}; pass {_KNOWN}, or leave optimizer out: noise_fraction is for "
-        "gradients as they are"
+        f"the {kind} keeps no running mean of squared gradients, entry by entry, that is known here, but "
+        f"{', '.join(map(str, state))}; pass {_KNOWN}, or leave optimizer out: noise_fraction is for gradients as "
+        "they are"
     )
 
 
@@ -151,7 +199,8 @@ def weigh_by_steps(values: Sequence[Tensor], added: Tensor, moment: Tensor, epsi
     squared exact gradient and s_i the variance that a method adds, which gets into that mean in a training with the
     method: an entry whose exact gradient is zero, such as the bias of attention's keys, would otherwise count as
     infinitely noisy. With σ_i² the variance of the mini-batch's gradient, noise in units of the steps is
-    ``Σ s_i / d_i² ÷ Σ σ_i² / d_i²``.
+    ``Σ s_i / d_i² ÷ Σ σ_i² / d_i²``. The start of RMSprop and RAdam, whose divisors are not corrected, or not used, is
+    taken to be over.
 
     Args:
         values: what is summed, of the tensor's shape.

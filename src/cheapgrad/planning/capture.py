@@ -80,15 +80,12 @@ class Call:
 
     @property
     def energy(self) -> float:
-        """``Σ_n ‖x_n‖² ‖g_n‖²`` over rows, or examples of convolutions, in units of the weight's gradient.
-
-        Noise of codes is near proportional to it.
-        """
+        """``Σ_n ‖x_n‖² ‖g_n‖²`` over rows, or examples of convolutions: noise of codes is near proportional to it."""
         pair = [
             (tensor.reshape(-1, tensor.shape[-1]) if self.is_matrix else tensor.flatten(1)).square().sum(1)
             for tensor in (self.input, self.use.cotangent)
         ]
-        return self.weight_factor**2 * float(pair[0].double() @ pair[1].double())
+        return float(pair[0].double() @ pair[1].double())
 
     @property
     def use(self) -> LayerUse:

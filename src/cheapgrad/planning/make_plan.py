@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cheapgrad.auditing.preconditioned_noise import read_second_moments
 from cheapgrad.convert import Rule
 from cheapgrad.convert.layer_record import describe_layer
 from cheapgrad.convert.sketched_layer import SketchedLayer
@@ -22,6 +23,8 @@ from cheapgrad.errors import (
     BudgetError,
     ConversionError,
     ModelTypeError,
+    NoMatchError,
+    OptimizerStateError,
     describe_value,
 )
 from cheapgrad.planning.batches import FEWEST_FOR_ERRORS, MiniBatchVariance, check_shapes
@@ -36,8 +39,10 @@ from cheapgrad.planning.passes import LossFunction, Step, check_loss
 from cheapgrad.planning.plan_noise import Observed, PlanNoise
 from cheapgrad.planning.record import Plan, PlanFigures, PlannedLayer
 from cheapgrad.planning.regions import find_regions, measure_regions
+from cheapgrad.planning.rounding import find_rounding
 from cheapgrad.planning.search import Found, Search
 from cheapgrad.planning.survey import Survey
+from cheapgrad.planning.units import optimizer_units
 from cheapgrad.sketch import Moment
 
 # Batches that are looked at.
@@ -81,8 +86,8 @@ def plan(
             cotangent (examples for convolutions) for `flops`, stochastic rounding for `memory`.
         skip_small: leave layers alone that are too small to pay, as `cheapgrad.approximate` does.
         optimizer: one that divides gradients by the root of their running mean square, such as Adam, after some steps
-            on this loss: noise is then counted in units of its steps, parameter by parameter (see `optimizer_units`),
-            in the budget, in the choice and in the prediction. Nothing about it is changed.
+            on this loss: noise is then counted in units of its steps, every parameter by the root of its mean second
+            moment, in the budget, in the choice and in the prediction. Nothing about it is changed.
 
     Returns:
         A `Plan`; ``cheapgrad.approximate(model, plan)`` carries it out.
@@ -106,7 +111,8 @@ def plan(
         ConversionError: if the model is converted already, or not in training mode.
         NoMatchError: if no layer can take any of the strategies.
         ModelTypeError: if `model` is not a module.
-        OptimizerStateError: if the optimizer keeps no second moments, or has stepped none of the parameters yet.
+        OptimizerStateError: if the optimizer keeps no second moments, has stepped none of the parameters yet, or does
+            not hold the weight of a layer that would be planned for.
 
     >>> import torch, cheapgrad
     >>> _ = torch.manual_seed(0)
@@ -128,15 +134,21 @@ def plan(
     # Texts are read before anything runs; what they are shares of is not known yet.
     for name, value in given.items():
         read_limit(name, value, 1.0, 1.0)
-    step = Step(model, loss_fn, optimizer=optimizer)
+    step = Step(model, loss_fn)
+    names = [name for name, _ in step.named_parameters]
+    if optimizer is not None:
+        # What is wrong with it is said before anything runs.
+        read_second_moments(optimizer, names, step.parameters)
     candidates, left_out = find_candidates(unwrap(model), strategies, skip_small)
     _keep_asked_moments(candidates, set(given))
-    left_out = [*check_loss(step, used[0]), *step.units.remarks, *left_out]
+    remarks = check_loss(step, used[0])
+    if optimizer is not None:
+        left_out += _drop_without_units(candidates, step, optimizer)
+        step.units = optimizer_units(optimizer, names, step.parameters, find_rounding(step, used[0]))
+    left_out = [*remarks, *step.units.remarks, *left_out]
     # Rules of the user's own say for which modules; so does a budget that no code serves.
     has_regions = strategies is None and ("memory" in given or "flops" not in given)
-    return _Planner(
-        step, used, candidates, given, skip_small, left_out, has_regions, in_optimizer_units=optimizer is not None
-    ).make()
+    return _Planner(step, used, candidates, given, skip_small, left_out, has_regions).make()
 
 
 def _take_batches(batches: Iterable[Any]) -> list[Any]:
@@ -172,6 +184,29 @@ def _keep_asked_moments(candidates: dict[str, LayerCandidates], budgets: set[str
             layer.stored = []
 
 
+def _drop_without_units(
+    candidates: dict[str, LayerCandidates], step: Step, optimizer: torch.optim.Optimizer
+) -> list[str]:
+    """Drop layers whose weight is computed from parameters, and return remarks on them; refuse those of others."""
+    trained = {id(parameter) for parameter in step.parameters}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    remarks = []
+    for name, layer in list(candidates.items()):
+        weight: Any = layer.module.weight
+        if not weight.requires_grad or id(weight) in held:
+            continue
+        if id(weight) in trained:
+            raise OptimizerStateError(
+                f"the {type(optimizer).__name__} does not hold the weight of layer {name!r}, whose noise would count "
+                "for nothing; pass the optimizer that steps it, or strategies= whose patterns match its own layers only"
+            )
+        del candidates[name]
+        remarks.append(f"{name}: its weight is computed from other parameters, whose units are not its own")
+    if not candidates:
+        raise NoMatchError(f"no layer is left to plan for in units of the optimizer's steps: {'; '.join(remarks)}")
+    return remarks
+
+
 @dataclass
 class _Planner:
     """One planning, from the first exact pass to the plan."""
@@ -183,7 +218,6 @@ class _Planner:
     skip_small: bool
     left_out: list[str]
     has_regions: bool = False
-    in_optimizer_units: bool = False
 
     def make(self) -> Plan:
         """Return the plan."""
@@ -268,7 +302,7 @@ class _Planner:
             skip_small=self.skip_small,
             remarks=(*found.remarks, *self._judge(noise, variance), *self.left_out),
             held=compare_held(report, found.report),
-            in_optimizer_units=self.in_optimizer_units,
+            in_optimizer_units=self.step.units.of_optimizer,
         )
 
     def _judge(self, noise: PlanNoise, variance: MiniBatchVariance) -> list[str]:

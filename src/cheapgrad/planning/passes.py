@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from cheapgrad.auditing._example_order import (
-    LEAST_LOSS,
-    SAME_LOSS_ULPS,
+    is_same_loss,
     is_same_order,
     measure_distance,
     say_unchecked,
 )
+from cheapgrad.auditing._precision import find_lowest_precision
 from cheapgrad.auditing._surroundings import evaluating
 from cheapgrad.convert.wrappers import unwrap
 from cheapgrad.cost._preparation import undisturbed
@@ -31,7 +32,7 @@ from cheapgrad.errors import (
     NondeterministicLossError,
     check_finite_loss,
 )
-from cheapgrad.planning.units import optimizer_units, plain_units
+from cheapgrad.planning.units import plain_units
 from cheapgrad.seeding import seed_torch, torch_states_kept
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -46,19 +47,12 @@ class Step:
         model: the model.
         loss_fn: ``(model, batch) -> scalar``.
         seed: torch's random state is set to it before every forward pass, so that dropout and the like do not differ.
-        optimizer: in units of whose steps gradients are returned; None returns them as they are.
 
-    Raises:
-        OptimizerStateError: if the optimizer keeps no second moments of this model's gradient.
+    Attributes:
+        units: in which gradients are returned; as they are, until others are set.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFunction,
-        seed: int = 0,
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, seed: int = 0) -> None:
         self.model = model
         self.loss_fn = loss_fn
         self.seed = seed
@@ -66,9 +60,6 @@ class Step:
         self.named_parameters = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
         self.parameters = [value for _, value in self.named_parameters]
         self.units = plain_units(self.parameters)
-        if optimizer is not None:
-            self.units = optimizer_units(optimizer, [name for name, _ in self.named_parameters], self.parameters)
-        self._factors = {id(value): factor for value, factor in zip(self.parameters, self.units.factors, strict=True)}
 
     @property
     def last_loss(self) -> float:
@@ -77,7 +68,8 @@ class Step:
 
     def factor_of(self, parameter: Tensor | None) -> float:
         """Return what a parameter's gradient is multiplied by; 1 where it is none of those that are trained."""
-        return self._factors.get(id(parameter), 1.0)
+        pairs = zip(self.parameters, self.units.factors, strict=True)
+        return next((factor for own, factor in pairs if own is parameter), 1.0)
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -186,6 +178,9 @@ def _check_order(step: Step, batch: Any) -> list[str]:
     with evaluating(step.model), step.undisturbed():
         try:
             first, other = _evaluate(step, batch), _evaluate(step, tree_map_only(Tensor, reorder, batch))
+            if not first.is_same(other):
+                # What a pass is computed in may be coarser than its parameters are.
+                first = dataclasses.replace(first, dtype=find_lowest_precision(lambda: step.loss(batch)))
             is_settled = not math.isfinite(float(first.loss)) or first.is_same(other)
             again = first if is_settled else _evaluate(Step(step.model, step.loss_fn, step.seed + 1), batch)
         except CheapgradError as error:
@@ -193,12 +188,12 @@ def _check_order(step: Step, batch: Any) -> list[str]:
             return [say_unchecked(f"in evaluation mode, {error}")]
     if not math.isfinite(float(first.loss)):
         return [say_unchecked(f"in evaluation mode the loss is {float(first.loss):.8g}")]
-    if _differ(first.loss, again.loss):
+    if _differ(first.loss, again.loss, first.dtype):
         return [say_unchecked("it draws random numbers in evaluation mode too")]
     if first.why_unknown or not first.is_same(again):
         # A backward pass that is missing, draws by itself or is not finite: its gradient tells nothing.
         why = first.why_unknown or "its backward pass is not the same twice"
-        first = _Evaluated(first.loss, [])
+        first = _Evaluated(first.loss, [], first.dtype)
         if first.is_same(other):
             return [f"whether the order of the batch's examples changes its gradient was not checked: {why}"]
     elif first.is_same(other):
@@ -217,11 +212,13 @@ class _Evaluated:
     Attributes:
         loss: a scalar.
         gradient: of all parameters; empty where it is unknown.
-        why_unknown: the reason then.
+        dtype: what both were computed in.
+        why_unknown: the reason why the gradient is unknown.
     """
 
     loss: Tensor
     gradient: list[Tensor]
+    dtype: torch.dtype
     why_unknown: str = ""
 
     def measure_distance(self, other: _Evaluated) -> float:
@@ -230,8 +227,9 @@ class _Evaluated:
 
     def is_same(self, other: _Evaluated) -> bool:
         """Tell whether losses and gradients differ by rounding only."""
-        dtype = self.gradient[0].dtype if self.gradient else self.loss.dtype
-        return not _differ(self.loss, other.loss) and is_same_order(self.measure_distance(other), dtype)
+        return not _differ(self.loss, other.loss, self.dtype) and is_same_order(
+            self.measure_distance(other), self.dtype
+        )
 
 
 def _evaluate(step: Step, batch: Any) -> _Evaluated:
@@ -240,16 +238,15 @@ def _evaluate(step: Step, batch: Any) -> _Evaluated:
     except (BackwardError, LossError) as error:
         # Some operations have no backward pass outside training mode; the loss alone is compared then.
         with torch.no_grad():
-            return _Evaluated(step.loss(batch), [], f"in evaluation mode, {error}")
-    return _Evaluated(step._last, gradient)
+            loss = step.loss(batch)
+            return _Evaluated(loss, [], loss.dtype, f"in evaluation mode, {error}")
+    return _Evaluated(step._last, gradient, gradient[0].dtype)
 
 
-def _differ(first: Tensor, second: Tensor) -> bool:
+def _differ(first: Tensor, second: Tensor, dtype: torch.dtype | None = None) -> bool:
     if bool((first == second) | (first.isnan() & second.isnan())):
         return False
-    # A loss near zero may be what is left of a sum of numbers that cancel.
-    unit = torch.finfo(first.dtype).eps * max(float(first.abs()), float(second.abs()), LEAST_LOSS)
-    return not float((first.detach() - second.detach()).abs()) <= SAME_LOSS_ULPS * unit
+    return not is_same_loss(float(first.detach()), float(second.detach()), dtype or first.dtype)
 
 
 def _is_loss(value: object) -> bool:

@@ -131,7 +131,8 @@ def measure_plan_noise(
         modelled += [_evaluate(choices, one, chains, scale) for scale in (scales if meets else [{}])]
     means = [math.fsum(values) / len(modelled) for values in zip(*modelled, strict=True)]
     of_cotangent = math.fsum(mean for choice, mean in zip(choices, means, strict=True) if choice in cotangent)
-    joined, error = _join(of_cotangent, errors)
+    # Where something is stored, biases are summed over the rows that are kept, and these passes do not store anything.
+    joined, error = _join(of_cotangent, [] if stored else errors)
     if stored:
         of_stored = math.fsum(means) - of_cotangent
         of_regions = math.fsum(mean for choice, mean in zip(choices, means, strict=True) if choice.is_region)

@@ -272,9 +272,9 @@ class Plan:
         return self.table()
 
     @property
-    def units(self) -> str:
-        """What is to be said behind a figure of noise, if anything."""
-        return ", in units of the optimizer's steps" if self.in_optimizer_units else ""
+    def noise_units(self) -> str:
+        """What a figure of noise is a multiple of, in words."""
+        return "mini-batch variance" + ", in units of the optimizer's steps" * self.in_optimizer_units
 
     def describe_totals(self) -> list[str]:
         """Return a line for each of bytes, FLOPs and noise."""
@@ -286,9 +286,9 @@ class Plan:
             f"({self.saved_bytes_fraction:.1%}; counted)",
             f"backward FLOPs     {format_flops(exact.backward_flops)} → {format_flops(planned.backward_flops)} "
             f"({self.backward_flops_fraction:.1%}; counted)",
-            f"added noise        {planned.noise_fraction:.3g} ± {self.noise_standard_error:.1g} of the mini-batch "
-            f"variance of {self.batches} batches{self.units} "
-            f"(modelled; {low:.2g} to {high:.2g} for eight in ten{covers})",
+            f"added noise        {planned.noise_fraction:.3g} ± {self.noise_standard_error:.1g} of the "
+            f"{self.noise_units} (modelled from {self.batches} batches; {low:.2g} to {high:.2g} for eight in "
+            f"ten{covers})",
         ]
 
 

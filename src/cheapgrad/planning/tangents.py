@@ -39,8 +39,9 @@ def push_forward(
         seed: another one gives other z.
 
     Law:
-        u is a one-sided difference over a step of about 1e-3 of the parameters' size in single precision; its relative
-        error is of that order. The squared norm is unbiased but for that; its relative standard error is at most
+        u is a one-sided difference over a step of about 1e-3 of the parameters' size in single precision, of up to
+        eight times as much for parameters with the largest factors and less for the others; its relative error is of
+        that order. The squared norm is unbiased but for that; its relative standard error is at most
         ``√(2 / probes)``, and ``√(2 / (probes × r))`` for a noise R of effective rank r.
     """
     size = math.sqrt(
@@ -65,8 +66,9 @@ def _choose_length(step: Step, share: float, size: float) -> float:
     """Return the length of a move of all parameters by signs: a share of their size, and not much more of any one's."""
     longest = _MOST_TIMES * share * size
     for parameter, factor in zip(step.parameters, step.units.factors, strict=True):
-        if factor > 1:
-            own = float(parameter.detach().double().square().mean().sqrt()) or size
+        if factor > 1 and parameter.numel():
+            # One that is small is moved as far as the others are: shorter moves of all of them would be rounding.
+            own = max(float(parameter.detach().double().square().mean().sqrt()), size)
             longest = min(longest, _MOST_TIMES * share * own / factor)
     return min(longest, share * size)
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cheapgrad.auditing.preconditioned_noise import read_second_moments
+from cheapgrad.errors import OptimizerStateError
 
-# A gradient below this many units in the last place of the largest one is zero but for rounding.
-_ROUNDING_ULPS = 32
+# A root mean square below this share of the largest one is rounding of single precision, whatever it was computed in.
+_ROUNDING = 32 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,19 @@ class Units:
     Attributes:
         factors: one for each parameter; 0 leaves it out.
         remarks: what a reader has to know.
+        of_optimizer: whether they are those of an optimizer's steps.
     """
 
     factors: tuple[float, ...]
     remarks: tuple[str, ...] = ()
+    of_optimizer: bool = False
 
     def scale(self, gradient: Sequence[Tensor]) -> list[Tensor]:
-        """Return a gradient in these units."""
-        return [value if factor == 1 else value * factor for value, factor in zip(gradient, self.factors, strict=True)]
+        """Return a gradient in these units, in single precision at least where that changes it."""
+        return [
+            value if factor == 1 else value.to(torch.promote_types(value.dtype, torch.float32)) * factor
+            for value, factor in zip(gradient, self.factors, strict=True)
+        ]
 
 
 def plain_units(parameters: Sequence[nn.Parameter]) -> Units:
@@ -38,7 +44,10 @@ def plain_units(parameters: Sequence[nn.Parameter]) -> Units:
 
 
 def optimizer_units(
-    optimizer: torch.optim.Optimizer, names: Sequence[str], parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer,
+    names: Sequence[str],
+    parameters: Sequence[nn.Parameter],
+    rounding: Collection[str] = (),
 ) -> Units:
     r"""Return units of an optimizer's steps, parameter by parameter.
 
@@ -50,28 +59,34 @@ def optimizer_units(
         optimizer: as for `read_second_moments`.
         names: of the parameters.
         parameters: those that are trained.
+        rounding: names of those whose gradient is known to be nothing but rounding.
 
     Raises:
-        OptimizerStateError: the optimizer keeps no second moments, or has stepped none of the parameters.
+        OptimizerStateError: the optimizer keeps no second moments, has stepped none of the parameters, or has seen
+            nothing but zeros.
     """
     found = read_second_moments(optimizer, names, parameters)
-    roots = [math.sqrt(float(moment.mean())) for moment in found.moments]
-    largest = math.sqrt(max(float(moment.max()) for moment in found.moments))
+    roots = [math.sqrt(float(moment.read().mean())) for moment in found.known]
     factors = [0.0] * len(parameters)
     silent = []
-    for position, root, epsilon in zip(found.positions, roots, found.epsilons, strict=True):
-        if root <= _ROUNDING_ULPS * torch.finfo(parameters[position].dtype).eps * largest:
+    for moment, root in zip(found.known, roots, strict=True):
+        if root <= _ROUNDING * max(roots) or names[moment.position] in rounding:
             # What is added to it would count as infinitely much, and does nothing: its exact gradient does not either.
-            silent.append(names[position])
+            silent.append(names[moment.position])
         else:
-            factors[position] = 1 / (root + epsilon)
+            factors[moment.position] = 1 / (root + moment.epsilon)
     entries = sum(parameter.numel() for parameter in parameters)
     squares = math.fsum(factor**2 * parameter.numel() for factor, parameter in zip(factors, parameters, strict=True))
-    unit = math.sqrt(entries / squares) if squares else 0.0
-    remarks = [found.remark] if found.remark else []
+    if not squares:
+        raise OptimizerStateError(
+            f"the {type(optimizer).__name__} has seen no gradient but zeros and rounding, so that its steps have no "
+            "unit; pass it after some steps of training"
+        )
+    unit = math.sqrt(entries / squares)
+    remarks = list(found.remarks)
     if silent:
         remarks.append(
             f"the gradient of {len(silent)} parameters is zero but for rounding, the first one is {silent[0]}; what is "
             "added to them is not counted"
         )
-    return Units(tuple(unit * factor for factor in factors), tuple(remarks))
+    return Units(tuple(unit * factor for factor in factors), tuple(remarks), of_optimizer=True)

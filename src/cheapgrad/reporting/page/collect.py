@@ -218,6 +218,8 @@ def _noise_in_plan(plan: Plan, label: str) -> list[NoiseGroup]:
         "layers whose codes are chosen together have equal shares of what these add. Together they meet each other's "
         "noise, so that the whole is not their sum."
     )
+    if plan.in_optimizer_units:
+        note += " Both variances are in units of the optimizer's steps, parameter by parameter."
     return [NoiseGroup(label, (column,), note, row="layer")]
 
 

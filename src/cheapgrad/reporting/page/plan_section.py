@@ -32,7 +32,7 @@ def describe_plan(plan: Plan, label: str) -> str:
     held = f"holds {format_bytes(planned.saved_bytes)} instead of {format_bytes(exact.saved_bytes)} and "
     return (
         f"{label}: the plan {'' if plan.held else held}is predicted to add {planned.noise_fraction:.3g} of the "
-        f"mini-batch variance{plan.units}; {plan.advice}."
+        f"{plan.noise_units}; {plan.advice}."
     )
 
 
@@ -75,9 +75,13 @@ def _write_totals(plan: Plan, label: str, name: str) -> Html:
             [head_cell(what, source="counted"), *(number_cell(value, write) for value in (before, after)),
              number_cell(share, format_share)]
         )  # fmt: skip
+    units = " in units of the optimizer's steps" if plan.in_optimizer_units else ""
     noise = (exact.noise_fraction, planned.noise_fraction, None)
     rows.append(
-        [head_cell("noise (ω)", source="modelled"), *(number_cell(v, format_plain, modelled=True) for v in noise)]
+        [
+            head_cell(f"noise (ω){units}", source="modelled"),
+            *(number_cell(v, format_plain, modelled=True) for v in noise),
+        ]
     )
     columns = (Column(""), Column("exact"), Column("planned"), Column("planned ÷ exact"))
     return make_table(f"{name}-totals", f"{label}: the whole step", columns, rows)

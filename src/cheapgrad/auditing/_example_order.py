@@ -60,15 +60,12 @@ def check_order(
         if not is_same_order(_distance(whole, again), _dtype(step)):
             # A backward pass that draws by itself; its gradient tells nothing.
             whole = DrawnGradient([], whole.loss)
-    distance = _distance(whole, other)
-
-    def is_rounding(precision: torch.dtype) -> bool:
-        return is_same_loss(_loss(whole), _loss(other), precision) and is_same_order(distance, precision)
-
-    # Only where it matters: what a pass is computed in may be coarser than its parameters are.
-    if not is_rounding(_dtype(step)) and not is_rounding(
-        find_lowest_precision(lambda: step.draw_exact(batch, make_seed("whole")))
-    ):
+    distance, precision = _distance(whole, other), _dtype(step)
+    if not is_same_order(distance, precision):
+        # What a pass is computed in may be coarser than its parameters are.
+        precision = find_lowest_precision(lambda: step.draw_exact(batch, make_seed("whole")))
+    is_same = is_same_loss(_loss(whole), _loss(other), _dtype(step))
+    if not (is_same and is_same_order(distance, precision)):
         raise BatchOrderError(
             f"the loss{where} is {_loss(whole):.9g}, and {_loss(other):.9g} with the batch's {examples} entries of the "
             f"first axis in reverse order, and the gradient differs by {distance:.2g} of its length, so these are no "
@@ -83,7 +80,7 @@ def is_same_loss(first: float, second: float, dtype: torch.dtype) -> bool:
     Args:
         first: finite.
         second: may be anything.
-        dtype: what they were computed in.
+        dtype: of the loss, or of the parameters.
     """
     unit = torch.finfo(dtype).eps
     slack = min(_SAME_LOSS_ULPS * unit, max(_SAME_ULPS * unit, _SAME_LOSS_ULPS * torch.finfo(torch.float32).eps))

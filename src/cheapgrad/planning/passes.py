@@ -178,7 +178,7 @@ def _check_order(step: Step, batch: Any) -> list[str]:
     with evaluating(step.model), step.undisturbed():
         try:
             first, other = _evaluate(step, batch), _evaluate(step, tree_map_only(Tensor, reorder, batch))
-            if not first.is_same(other):
+            if first.gradient and not first.is_same(other):
                 # What a pass is computed in may be coarser than its parameters are.
                 first = dataclasses.replace(first, dtype=find_lowest_precision(lambda: step.loss(batch)))
             is_settled = not math.isfinite(float(first.loss)) or first.is_same(other)
@@ -188,7 +188,7 @@ def _check_order(step: Step, batch: Any) -> list[str]:
             return [say_unchecked(f"in evaluation mode, {error}")]
     if not math.isfinite(float(first.loss)):
         return [say_unchecked(f"in evaluation mode the loss is {float(first.loss):.8g}")]
-    if _differ(first.loss, again.loss, first.dtype):
+    if _differ(first.loss, again.loss):
         return [say_unchecked("it draws random numbers in evaluation mode too")]
     if first.why_unknown or not first.is_same(again):
         # A backward pass that is missing, draws by itself or is not finite: its gradient tells nothing.
@@ -212,7 +212,7 @@ class _Evaluated:
     Attributes:
         loss: a scalar.
         gradient: of all parameters; empty where it is unknown.
-        dtype: what both were computed in.
+        dtype: what the gradient was computed in.
         why_unknown: the reason why the gradient is unknown.
     """
 
@@ -227,9 +227,7 @@ class _Evaluated:
 
     def is_same(self, other: _Evaluated) -> bool:
         """Tell whether losses and gradients differ by rounding only."""
-        return not _differ(self.loss, other.loss, self.dtype) and is_same_order(
-            self.measure_distance(other), self.dtype
-        )
+        return not _differ(self.loss, other.loss) and is_same_order(self.measure_distance(other), self.dtype)
 
 
 def _evaluate(step: Step, batch: Any) -> _Evaluated:
@@ -243,10 +241,10 @@ def _evaluate(step: Step, batch: Any) -> _Evaluated:
     return _Evaluated(step._last, gradient, gradient[0].dtype)
 
 
-def _differ(first: Tensor, second: Tensor, dtype: torch.dtype | None = None) -> bool:
+def _differ(first: Tensor, second: Tensor) -> bool:
     if bool((first == second) | (first.isnan() & second.isnan())):
         return False
-    return not is_same_loss(float(first.detach()), float(second.detach()), dtype or first.dtype)
+    return not is_same_loss(float(first.detach()), float(second.detach()), first.dtype)
 
 
 def _is_loss(value: object) -> bool:

@@ -104,11 +104,11 @@ def time_share(results: TaskResults, row: Row) -> float | None:
     """Return the time of the whole training, divided by that of exact training.
 
     By the measured step times where a step is the usual one, or an exact one on another batch; where it is neither, or
-    what it costs depends on the state of the training, by processor seconds of the runs themselves, paired by seed, and
-    with those that went into a plan.
+    what it costs depends on the state of the training, by processor seconds of the runs themselves, paired by seed.
+    Processor seconds that went into a plan are added.
     """
-    steps = _steps_share(results, row)
-    return None if steps is None else steps + _planning_share(results, row)
+    steps = steps_share(results, row)
+    return None if steps is None else steps + planning_share(results, row)
 
 
 def is_shorter(row: Row) -> bool:
@@ -116,9 +116,9 @@ def is_shorter(row: Row) -> bool:
     return row.match_by == "time, steps" or row.is_ruler
 
 
-def _steps_share(results: TaskResults, row: Row) -> float | None:
+def steps_share(results: TaskResults, row: Row) -> float | None:
     """Return the time of all steps, divided by that of exact training."""
-    if row.costs is not None and not row.is_adaptive:
+    if row.costs is not None and "ratio" in row.costs:
         return row.exact_share + (1 - row.exact_share) * row.costs["ratio"]
     if (row.match_by in {"time, batch", "bytes, batch"} or is_shorter(row)) and row.runs and results.exact.runs:
         is_usual = row.declaration["batch_size"] == results.exact.declaration["batch_size"]
@@ -128,7 +128,8 @@ def _steps_share(results: TaskResults, row: Row) -> float | None:
     return _share(row, "training_cpu_seconds", results.exact, "training_cpu_seconds")
 
 
-def _planning_share(results: TaskResults, row: Row) -> float:
+def planning_share(results: TaskResults, row: Row) -> float:
+    """Return the processor seconds of planning, divided by those of the steps of exact training."""
     return _share(row, "planning_seconds", results.exact, "training_cpu_seconds") or 0.0
 
 
@@ -162,7 +163,7 @@ def measure_reach(results: TaskResults, row: Row) -> Reach:
     times: dict[int, float] = {}
     limits: list[float] = []
     exact_steps = results.exact.declaration.get("steps", 0)
-    steps, planning = _steps_share(results, row), _planning_share(results, row)
+    steps, planning = steps_share(results, row), planning_share(results, row)
     seeds = tuple(sorted(set(row.runs) & set(results.exact.runs)))
     for seed in seeds:
         curve = results.exact.runs[seed]["result"]["curve"]

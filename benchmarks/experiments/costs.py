@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
-from benchmarks.experiments.methods import EXACT, Method
+from benchmarks.experiments.methods import EXACT, PLANNED_AFTER, Method
 from benchmarks.experiments.preparing import Batch, Prepared, prepare
 from benchmarks.experiments.tasks import Task
-from benchmarks.experiments.training import draw_batches, make_optimizer
+from benchmarks.experiments.training import draw_batches, make_optimizer, rate_share
 from cheapgrad.errors import CheapgradError
 
 # Shares of the usual batch whose exact steps are timed, to read off equal step times.
@@ -81,7 +82,7 @@ def measure_costs(task: Task, methods: Sequence[Method], rounds: int, seed: int)
             continue
         results[method.step_words] = {"held_bytes": held_bytes, "peak_bytes": peak_bytes}
         if method.is_adaptive:
-            # The first steps of a controller are all trials, and a plan is made later: trainings tell what they take.
+            # The first steps of a controller are all trials: trainings tell what they take.
             steppers.pop(method.step_words)
     sizes = sorted({max(2, round(share * task.batch_size)) for share in LADDER})
     ladder = {size: _make_stepper(task, EXACT, _first(batch, size), seed) for size in sizes}
@@ -99,10 +100,25 @@ def _make_stepper(task: Task, method: Method, batch: Batch, seed: int) -> _Stepp
     model = task.build_seeded(seed)
     planning = list(itertools.islice(draw_batches(task, task.batch_size, seed), _PLANNING_BATCHES))
     optimizer = make_optimizer(model, 1e-4)
-    if method.plans_in_steps:
-        task.compute_loss(model, *batch).backward()
-        optimizer.step()
+    if method.planned_flops is not None:
+        _train_until_planned(task, model, optimizer, seed)
     return _Stepper(prepare(task, method, model, planning, optimizer), batch, optimizer)
+
+
+def _train_until_planned(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """Take the exact steps that come before planning, at the rate in the middle of those to choose from.
+
+    The gradient of a model that has learned nothing is in other places, and so would be the plan.
+    """
+    rate = task.learning_rates[len(task.learning_rates) // 2]
+    steps = max(1, round(PLANNED_AFTER * task.steps))
+    batches = draw_batches(task, task.batch_size, seed)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * rate_share(step, task.steps)
+        optimizer.zero_grad(set_to_none=True)
+        task.compute_loss(model, *next(batches)).backward()
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1e-4
 
 
 def _first(batch: Batch, count: int) -> Batch:

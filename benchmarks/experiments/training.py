@@ -14,15 +14,13 @@ from torch import Tensor, nn
 
 from benchmarks.experiments.datasets import Split
 from benchmarks.experiments.declaration import TrainingRun
-from benchmarks.experiments.methods import EXACT, Method
+from benchmarks.experiments.methods import EXACT, PLANNED_AFTER, Method
 from benchmarks.experiments.noise import measure_noise
 from benchmarks.experiments.preparing import Batch, Prepared, exactly, prepare
 from benchmarks.experiments.tasks import Task
 
 WEIGHT_DECAY = 0.01
 WARM_UP_SHARE = 0.2
-# Planning sees the model after this share of the steps, which are exact.
-_PLANNED_AFTER = 0.1
 _PLANNING_BATCHES = 4
 _NOISE_BATCHES = 6
 _NOISE_SEED = 5000
@@ -54,7 +52,7 @@ def train(task: Task, method: Method, run: TrainingRun) -> dict[str, Any]:
     """
     started = time.perf_counter()
     model = task.build_seeded(run.seed)
-    planned_at = round(_PLANNED_AFTER * run.steps) if method.planned_flops is not None else 0
+    planned_at = round(PLANNED_AFTER * run.steps) if method.planned_flops is not None else 0
     batches = draw_batches(task, run.batch_size, run.seed)
     planning = list(itertools.islice(draw_batches(task, run.batch_size, run.seed + 1), _PLANNING_BATCHES))
     prepared = prepare(task, EXACT if planned_at else method, model, planning)

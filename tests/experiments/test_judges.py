@@ -69,6 +69,17 @@ def test_what_is_slower_than_exact_is_no_fast_setting():
     assert "no setting is faster" in found.text
 
 
+def test_what_a_plan_takes_is_said_beside_the_time_of_its_steps():
+    task = make_task("ViT")
+    (speed,) = (row for row in task.rows if row.label == SPEED)
+    for record in speed.runs.values():
+        record["result"]["planning_seconds"] = 1.5
+    found = judge_speed(task)
+    assert found.is_reached
+    assert found.text.startswith("1.67×")
+    assert f"({SPEED}, planning 0.15 of the time of exact training)" in found.text
+
+
 def test_the_bound_holds_at_every_point():
     task = make_task("ViT")
     (speed,) = (row for row in task.rows if row.label == SPEED)

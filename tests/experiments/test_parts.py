@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 import cheapgrad
+from benchmarks.experiments import costs
 from benchmarks.experiments.analysis import steps_to
 from benchmarks.experiments.biased import LargestWithoutWeights
 from benchmarks.experiments.costs import measure_costs
 from benchmarks.experiments.datasets import DataError, load, load_digit_pixels
 from benchmarks.experiments.declaration import TrainingRun
 from benchmarks.experiments.matching import Size, find_batch_size, find_time, match
-from benchmarks.experiments.methods import EXACT, FIRST_EXACT, SMALL_TOO, list_methods
+from benchmarks.experiments.methods import EXACT, FIRST_EXACT, PLANNED_AFTER, SMALL_TOO, list_methods
 from benchmarks.experiments.noise import measure_noise
 from benchmarks.experiments.preparing import prepare
 from benchmarks.experiments.tasks import make_bagnet_task, make_language_task, make_perceptron_task, make_quick_tasks
@@ -278,8 +279,28 @@ def test_steps_of_adaptive_methods_are_not_timed_apart():
     task, labels = make_task(), ("recipes.speed(0.5)", "Controller(noise=0.05)", "plan(flops=0.6)")
     methods = [find_method(label) for label in labels]
     measured = measure_costs(task, methods, rounds=2, seed=0)["methods"]
-    assert [("ratio" in measured[method.step_words]) for method in methods] == [True, False, False]
+    # A plan's steps are all alike, from where it is made.
+    assert [("ratio" in measured[method.step_words]) for method in methods] == [True, False, True]
+    assert [method.exact_share for method in methods] == [0.0, 0.0, PLANNED_AFTER]
     assert all(measured[method.step_words]["held_bytes"] > 0 for method in methods)
+
+
+def test_plans_are_timed_at_weights_that_have_learned(monkeypatch):
+    task = replace(make_task(), steps=50)
+    seen = []
+
+    def note(task, method, model, batches, optimizer=None):
+        if method.planned_flops is not None:
+            steps = [int(state["step"]) for state in optimizer.state.values()]
+            seen.append((set(steps), [parameter.detach().clone() for parameter in model.parameters()]))
+        return prepare(task, method, model, batches, optimizer)
+
+    monkeypatch.setattr(costs, "prepare", note)
+    measure_costs(task, [find_method("plan(flops=0.6)")], rounds=2, seed=0)
+    ((steps, weights),) = seen
+    assert steps == {round(PLANNED_AFTER * 50)}
+    fresh = list(task.build_seeded(0).parameters())
+    assert not any(torch.equal(one, other) for one, other in zip(weights, fresh, strict=True))
 
 
 def test_small_layers_are_converted_where_a_method_says_so():

@@ -43,6 +43,15 @@ def make_adam(parameters, **settings):
     return torch.optim.Adam(parameters, lr=1e-3, **settings)
 
 
+def zero_adam(parameters):
+    optimizer = make_adam(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
 def test_it_is_the_sum_over_entries_that_loops_give():
     model = make_network(planted.exact)
     noises = []
@@ -179,6 +188,30 @@ def test_parameters_without_steps_are_left_out_and_named():
     assert report.preconditioned_noise_fraction > 1.05 * everything.preconditioned_noise_fraction
 
 
+def test_noise_in_parameters_that_it_does_not_step_leaves_it_unknown():
+    model = make_network(planted.sampled_rows())
+    held = [parameter for name, parameter in model.named_parameters() if name != "3.weight"]
+    optimizer = train(model, make_adam(held))
+    report = audit(model, mean_loss, make_batch(), reference=right_loss, optimizer=optimizer, draws=8)
+    assert report.preconditioned_noise_fraction is None
+    assert any(
+        "noise is added to 1 parameters that it does not step, the first one is 3.weight" in r for r in report.remarks
+    )
+    assert "units of the optimizer" not in report.verdict()
+
+
+def test_moments_of_another_shape_are_refused():
+    model = make_network(planted.exact)
+    optimizer = train(model, make_adam(model.parameters()))
+    state = optimizer.state_dict()
+    backwards = make_adam(reversed(list(model.parameters())))
+    backwards.load_state_dict(state)
+    with pytest.raises(
+        OptimizerStateError, match=r"second moments of '0.weight' .* have shape \(5,\), and .* \(24, 12\)"
+    ):
+        audit(model, mean_loss, make_batch(), optimizer=backwards, draws=8)
+
+
 def test_the_remark_on_hidden_noise_gives_way_to_the_figure():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
@@ -242,6 +275,12 @@ def test_what_a_loop_leaves_is_weighed_too():
 @pytest.mark.parametrize(
     ("make", "steps", "message"),
     [
+        (
+            lambda parameters: torch.optim.lr_scheduler.StepLR(make_adam(parameters), 1),
+            0,
+            "but is a StepLR; pass the one that steps the parameters, of a scheduler its .optimizer",
+        ),
+        (zero_adam, 0, "the Adam has seen no gradient but zeros"),
         (lambda parameters: "adam", 0, "optimizer must be a torch.optim.Optimizer, but is a str 'adam'"),
         (make_adam, 0, "the Adam has no state for any of the 6 trainable parameters"),
         (torch.optim.Adagrad, 0, "the Adagrad has no state for any of the 6"),

@@ -50,6 +50,13 @@ def without_batch():
 def misspelt():
     return {"model": network(), "loss_fn": loss_fn, "batch": (x, y), "accumulat": 1}
 
+def with_optimizer():
+    model, loss, batch = good()
+    optimizer = torch.optim.Adam(model.parameters())
+    loss(model, batch).backward()
+    optimizer.step()
+    return {"model": model, "loss_fn": loss, "batch": batch, "optimizer": optimizer}
+
 def model_only():
     return network()
 """
@@ -77,6 +84,11 @@ def test_biased_is_one(capsys, factory, words):
     printed = capsys.readouterr().out
     assert words in printed
     assert "(alpha 0.001, " in printed
+
+
+def test_an_optimizer_gives_noise_its_unit(capsys):
+    assert main(["audit", "audit_models:with_optimizer", "--draws", "8"]) == 0
+    assert "in units of the optimizer's steps)." in " ".join(capsys.readouterr().out.split())
 
 
 def test_seed_of_dropout(capsys):

@@ -161,6 +161,26 @@ def test_rules_of_the_user_keep_blocks_out() -> None:
         make_plan(model, batches, memory="40 %", strategies=codes)
 
 
+@pytest.mark.parametrize(
+    "make_norm", [nn.BatchNorm2d, nn.InstanceNorm2d, lambda channels: nn.GroupNorm(2, channels)], ids=str
+)
+@pytest.mark.parametrize("budget", ["85 %", "60 %"])
+def test_noise_of_norms_with_codes_of_a_fixed_width_is_told(make_norm: Callable[[int], nn.Module], budget: str) -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs in (3, 8):
+        layers += [nn.Conv2d(inputs, 8, 3, padding=1), make_norm(8), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).double().train()
+    batches = make_batches((3, 8, 8), 4)
+    exact = exact_gradients(model, batches)
+    plan = make_plan(model, batches, memory=budget)
+    assert plan.layers
+    cheapgrad.approximate(model, plan)
+    noise, error = measure_noise(model, batches, exact, draws=20)
+    assert error < 0.08 * noise
+    assert plan.predicted.noise_fraction == pytest.approx(noise, rel=0.4)
+
+
 def test_dropout_does_not_count_as_noise() -> None:
     # With the masks of another draw, the error of the gradient would be as large as that of the mini-batch.
     model, batches = make_vit(dropout=0.3), make_batches((6, 12), 4)

@@ -386,6 +386,54 @@ def test_losses_alone_are_compared_where_the_gradient_tells_nothing(change: Call
         cheapgrad.plan(make_mlp(3), in_order, batches, flops="60 %", strategies=ROWS, skip_small=False)
 
 
+class _Checkpointed(nn.Module):
+    """A layer that is run again in the backward pass."""
+
+    def __init__(self, inner: nn.Module, use_reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.use_reentrant = inner, use_reentrant
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=self.use_reentrant)
+
+
+def test_checkpointed_layers_are_planned_for_as_others_are() -> None:
+    batches = make_batches((24,), 4)
+    settings: dict[str, Any] = {"strategies": ROWS, "skip_small": False, "flops": "60 %"}
+    plain = cheapgrad.plan(make_mlp(3), loss_fn, batches, **settings)
+    model = make_mlp(3)
+    for position in (0, 2):
+        model[position] = _Checkpointed(model[position], use_reentrant=False)
+    plan = cheapgrad.plan(model, loss_fn, batches, **settings)
+    assert plan.predicted.noise_fraction == pytest.approx(plain.predicted.noise_fraction, rel=0.2)
+    model = nn.Sequential(_Checkpointed(make_mlp(3), use_reentrant=True))
+    reentrant = [(x.requires_grad_(), y) for x, y in batches]
+    with pytest.raises(BatchError, match="no gradient reaches any parameter"):
+        cheapgrad.plan(model, loss_fn, reentrant, **settings)
+
+
+def test_convolutions_are_planned_for_under_autocast() -> None:
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return nn.functional.cross_entropy(model(batch[0]).float(), batch[1])
+
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 8, 3, padding=1), nn.GELU(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(512, 5)).train()
+    batches = [(x.float(), y) for x, y in make_batches((3, 8, 8), 4)]
+    plan = cheapgrad.plan(model, loss, batches, skip_small=False, flops="80 %")
+    assert plan.predicted.noise_fraction > 0
+
+
+def test_buffers_of_a_spectral_norm_are_left_alone() -> None:
+    model = make_mlp(3)
+    nn.utils.parametrizations.spectral_norm(model[2])
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    cheapgrad.plan(model, loss_fn, make_batches((24,), 4), strategies=ROWS, skip_small=False, flops="90 %")
+    assert before
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
 def _list_in_evaluation(model: nn.Module, scores: torch.Tensor) -> Any:
     return scores if model.training else [scores]
 

@@ -97,6 +97,7 @@ ONE = LocalQuadratic((1.0,), (1.0,), (0.1,))
     [
         (lambda: tradeoff(0.0, 0.1), "cost must be finite and above 0, but got 0.0"),
         (lambda: tradeoff(1.0, -0.1), "noise must be finite and at least 0, but got -0.1"),
+        (lambda: tradeoff(1.0, None), "noise must be finite and at least 0, but got None"),  # type: ignore[arg-type] - refused
         (lambda: tradeoff(1.0, 0.1, noise_to_target=-2.0), "but got -2.0"),
         (lambda: tradeoff(1.0, 0.1, problem=ONE), "target is missing"),
         (lambda: tradeoff(1.0, 0.1, target=0.5), "problem is missing"),

@@ -216,7 +216,7 @@ class Step:
             self._put_back(before)
             raise AccumulationError(
                 f"the loop changed {len(changed)} parameters, the first one is {changed[0]!r}; leave out the "
-                "optimizer's step. Parameters were put back"
+                "optimizer's step. Parameters were put back; what the optimizer keeps of its steps was not"
             )
 
     def _put_back(self, before: list[Tensor]) -> None:

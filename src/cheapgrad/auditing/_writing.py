@@ -198,8 +198,9 @@ def _say_hidden(findings: Findings, added: Tensor) -> str:
     return (
         f"the noise fraction of each parameter by itself is {by_entry:.2g} in the mean over all entries: "
         f"{100 * float(noise[largest] / noise.sum()):.0f} % of the mini-batch's variance is in "
-        f"{findings.step.names[largest]}; it counts for an optimizer that scales parameters one by one, as Adam does; "
-        "pass optimizer= to cheapgrad.audit for its figure"
+        f"{findings.step.names[largest]}; it counts for an optimizer that scales parameters one by one, as Adam does"
+        + "; pass optimizer= to cheapgrad.audit for its figure"
+        * (not findings.preconditioned.is_asked)
     )
 
 

@@ -242,7 +242,7 @@ def _run(step: Step, batch: Any, settings: _Settings, progress: bool | None) -> 
             mini_batch=MiniBatchNoise(variances[0] if variances else None, mini_batch.remarks),
             forward_noise=forward_noise,
             costs=StepCosts() if step.accumulates else measure_costs(step.model, step.loss_fn, batch),
-            preconditioned=precondition_noise(moments, added, mini_batch.entries, pool),
+            preconditioned=precondition_noise(moments, added, mini_batch.entries, pool, step.names),
         )
     )
 

@@ -87,14 +87,20 @@ class PreconditionedNoise:
     Attributes:
         fraction: that ratio; None without an optimizer, or if it is unknown.
         remarks: what a reader has to know.
+        is_asked: whether there is an optimizer.
     """
 
     fraction: float | None = None
     remarks: tuple[str, ...] = ()
+    is_asked: bool = False
 
 
 def precondition_noise(
-    moments: SecondMoments | None, added: Sequence[Tensor], mini_batch: Sequence[Tensor], pool: Pool
+    moments: SecondMoments | None,
+    added: Sequence[Tensor],
+    mini_batch: Sequence[Tensor],
+    pool: Pool,
+    names: Sequence[str],
 ) -> PreconditionedNoise:
     """Return noise in units of the steps of an optimizer.
 
@@ -103,18 +109,26 @@ def precondition_noise(
         added: variance that was added to every entry of each tensor; none if unknown.
         mini_batch: variance of the mini-batch's gradient, likewise.
         pool: the processes over which both are averaged.
+        names: of the tensors.
     """
     if moments is None:
         return PreconditionedNoise()
-    is_known = bool(added) and bool(mini_batch)
-    sums = moments.sum_by_steps(added, added, mini_batch) if is_known else [math.nan, math.nan]
+    known = {moment.position for moment in moments.known}
+    noisy = [name for at, name in enumerate(names) if added and at not in known and bool(added[at].any())]
+    reason = ""
+    if not mini_batch:
+        reason = "the mini-batch's variance is"
+    elif not added:
+        reason = "the step and its reference draw different random numbers, and so is the noise of single entries"
+    elif noisy:
+        reason = f"noise is added to {len(noisy)} parameters that it does not step, the first one is {noisy[0]}"
+    sums = [math.nan, math.nan] if reason else moments.sum_by_steps(added, added, mini_batch)
     above, below = pool.mean([torch.tensor(sums, dtype=torch.float64)])[0].tolist()
     if math.isnan(above):
-        reason = "the mini-batch's variance is"
-        if mini_batch:
-            reason = "the step and its reference draw different random numbers, and so is the noise of single entries"
-        return PreconditionedNoise(None, (f"noise in units of the optimizer's steps unknown, because {reason}",))
-    return PreconditionedNoise(relative(above, below), moments.remarks)
+        reason = reason or "it is on another process"
+        text = f"noise in units of the optimizer's steps unknown, because {reason}"
+        return PreconditionedNoise(None, (*moments.remarks, text), is_asked=True)
+    return PreconditionedNoise(relative(above, below), moments.remarks, is_asked=True)
 
 
 def read_second_moments(
@@ -132,7 +146,10 @@ def read_second_moments(
             moments, or some that are not finite.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise OptimizerStateError(f"optimizer must be a torch.optim.Optimizer, but is {describe_value(optimizer)}")
+        raise OptimizerStateError(
+            f"optimizer must be a torch.optim.Optimizer, but is {describe_value(optimizer)}; pass the one that steps "
+            "the parameters, of a scheduler its .optimizer"
+        )
     kind = type(optimizer).__name__
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     strange = [name for name, parameter in zip(names, parameters, strict=True) if parameter not in groups]
@@ -144,7 +161,7 @@ def read_second_moments(
         if not state or _count_steps(state, group) == 0:
             waiting.append(name)
         elif parameter.numel():
-            known.append(_find_moment(kind, name, position, state, group))
+            known.append(_find_moment(kind, name, position, state, group, parameter.shape))
     if len(strange) == len(names):
         raise OptimizerStateError(
             f"the {kind} holds none of this model's {len(names)} trainable parameters; pass the optimizer that steps "
@@ -155,6 +172,11 @@ def read_second_moments(
             f"the {kind} has no state for any of the {len(names)} trainable parameters: either it has taken no step "
             f"yet, or it keeps none, as SGD without momentum does; pass {_KNOWN} after some steps of training. For an "
             "optimizer that takes gradients as they are, noise_fraction is the figure"
+        )
+    if not any(bool(moment.read().any()) for moment in known):
+        raise OptimizerStateError(
+            f"the {kind} has seen no gradient but zeros, so that its steps have no unit; pass it after some steps of "
+            "training"
         )
     remarks = [
         f"the optimizer {what} {len(left)} of {len(names)} parameters, the first one is {left[0]}; noise in units of "
@@ -171,7 +193,7 @@ def _count_steps(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
 
 
 def _find_moment(
-    kind: str, name: str, position: int, state: Mapping[str, Any], group: Mapping[str, Any]
+    kind: str, name: str, position: int, state: Mapping[str, Any], group: Mapping[str, Any], shape: torch.Size
 ) -> SecondMoment:
     for key, find_decay in _DECAYS.items():
         decay = find_decay(group)
@@ -179,7 +201,13 @@ def _find_moment(
             continue
         share_seen = 1 - float(decay) ** _count_steps(state, group)
         found = SecondMoment(position, float(group.get("eps", 0.0)), state, key, share_seen)
-        if not bool(found.read().isfinite().all()):
+        moment = found.read()
+        if moment.shape != shape:
+            raise OptimizerStateError(
+                f"the second moments of {name!r} that the {kind} keeps have shape {tuple(moment.shape)}, and the "
+                f"parameter has {tuple(shape)}; load its state with the parameters in the order in which it was saved"
+            )
+        if not bool(moment.isfinite().all()):
             raise OptimizerStateError(
                 f"the second moments of {name!r} that the {kind} keeps are not finite, so that its steps have no unit; "
                 "go on from a state that was saved before"

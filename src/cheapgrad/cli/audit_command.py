@@ -24,7 +24,7 @@ other argument of cheapgrad.audit, or with 'accumulate', of cheapgrad.audit_step
 
 _EXAMPLE = "return e.g. (model, lambda model, batch: cross_entropy(model(batch[0]), batch[1]), (x, y))"
 _NEEDED = ("model", "loss_fn", "batch")
-_ALLOWED = (*_NEEDED, "accumulate", "reference", "tolerance", "split")
+_ALLOWED = (*_NEEDED, "accumulate", "reference", "tolerance", "split", "optimizer")
 
 
 def add_parser(commands: Any) -> None:

@@ -119,6 +119,7 @@ class _Recorder:
         self.views: list[tuple[Call, Tensor]] = []
         self._makers: dict[Any, Call] = {}
         self._running: list[str] = []
+        self.is_over = False
         self._counts: dict[str, int] = {}
         self._pending: list[tuple[Tensor, Tensor, Call | None, tuple[ActivationStage, Tensor] | None]] = []
 
@@ -141,6 +142,9 @@ class _Recorder:
 
     def _entering(self, name: str) -> Any:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self.is_over:
+                # A checkpoint runs its layers again in the backward pass.
+                return None
             kind = kind_of(type(module))
             key = kind.input_name if kind is not None else "input"
             x = args[0] if args else kwargs[key]
@@ -167,6 +171,8 @@ class _Recorder:
 
     def _leaving(self, name: str) -> Any:
         def leave(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if self.is_over:
+                return
             self._running.pop()
             x, view, before, activation = self._pending.pop()
             order = self._counts.get(name, 0)
@@ -201,6 +207,7 @@ def capture_pass(step: Step, layers: Mapping[str, nn.Module], batch: Any, *, fin
     post = ParcelPost(recorder.describe)
 
     def views() -> list[Tensor]:
+        recorder.is_over = True
         if finds_holders:
             _share_out(post, recorder.calls, key_storages(list_owned_tensors([step.model])))
         return [view for _, view in recorder.views]

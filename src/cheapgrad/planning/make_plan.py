@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from cheapgrad.auditing.preconditioned_noise import read_second_moments
 from cheapgrad.convert import Rule
@@ -139,7 +140,9 @@ def plan(
     if optimizer is not None:
         # What is wrong with it is said before anything runs.
         read_second_moments(optimizer, names, step.parameters)
-    candidates, left_out = find_candidates(unwrap(model), strategies, skip_small)
+    # To look at a parametrised weight may be to change it.
+    with step.undisturbed():
+        candidates, left_out = find_candidates(unwrap(model), strategies, skip_small)
     _keep_asked_moments(candidates, set(given))
     remarks = check_loss(step, used[0])
     if optimizer is not None:
@@ -192,6 +195,9 @@ def _drop_without_units(
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     remarks = []
     for name, layer in list(candidates.items()):
+        if parametrize.is_parametrized(layer.module):
+            # It is left out anyway, and to look at its weight may be to change it.
+            continue
         weight: Any = layer.module.weight
         if not weight.requires_grad or id(weight) in held:
             continue
@@ -229,7 +235,11 @@ class _Planner:
         variance, observed, menu = self._observe(report)
         scale = variance.value
         if not scale:
-            raise BatchError("the batches have equal gradients, so there is no variance to compare noise with")
+            what = "the batches have equal gradients"
+            if not any(bool(value.any()) for gradient in variance.gradients for value in gradient):
+                # Checkpoints of the old kind hide parameters from everything but backward().
+                what = "no gradient reaches any parameter (checkpoint with use_reentrant=False, if at all)"
+            raise BatchError(f"{what}, so there is no variance to compare noise with")
         search = Search(self.step, self.batches[0], menu, report, observed, variance, self.skip_small)
         return self._write(report, search.find(limits), variance)
 

@@ -201,6 +201,9 @@ def _image_noise(call: Call, strategy: ExampleSample, below: PassedDown, scale: 
     images, geometry = _geometry(call)
     module: Any = call.module
     grad = _batched(call, call.use.cotangent if scale is None else scale_rows(call, scale))
+    # Under autocast the input and the cotangent may be of different types.
+    dtype = torch.promote_types(torch.promote_types(images.dtype, grad.dtype), torch.float32)
+    images, grad = images.to(dtype), grad.to(dtype)
     examples, shape = images.shape[0], module.weight.shape
     norms = grad.flatten(1).double().norm(dim=1)
     scores = norms if strategy.scores is None else _image_scores(call, strategy, images, geometry, grad)

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from cheapgrad.convert import Rule, approximate
 from cheapgrad.convert.approximate import Preview
 from cheapgrad.convert.kinds import kind_of
+from cheapgrad.convert.wrappers import unwrap
 from cheapgrad.cost import CostReport
 from cheapgrad.errors import NoMatchError
 from cheapgrad.planning.candidates import is_planned
@@ -30,8 +33,10 @@ from cheapgrad.sketch import Moment, StochasticRounding
 _BITS = (8, 4, 2)
 # Bytes are counted at two widths: they are linear in the width.
 _COUNTED_BITS = (8, 4)
-# Noise is drawn where it is largest; it falls with the squared number of steps.
-_DRAWN_BITS = 2
+# Noise is drawn where it is largest; it falls with the squared number of steps, but for that of norms over images,
+# whose second code is of two bits whatever the first one is: what is left of their regions' noise at this width.
+_DRAWN_BITS, _FIXED_BITS = 2, 8
+_FIXED_CODES = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
 # More regions than these share draws, and their noise is shared out by the bytes that they save.
 _MOST_DRAWS = 8
 
@@ -155,7 +160,14 @@ def measure_regions(
         rules = [rule for region in regions for rule in _rules(region, bits)]
         counted[bits] = count_planned_costs(step, batch, rules, skip_small)
     changes = [_changes(region, exact, counted) for region in regions]
-    noises = _draw_noises(step, batch, capture, regions, [one[_DRAWN_BITS][0] for one in changes], skip_small)
+    saved = [one[_DRAWN_BITS][0] for one in changes]
+    noises = _draw_noises(step, batch, capture, regions, saved, skip_small, _DRAWN_BITS)
+    kept = [region for region in regions if _has_fixed_codes(step.model, region)]
+    places = [regions.index(region) for region in kept]
+    fixed = [0.0] * len(regions)
+    drawn = _draw_noises(step, batch, capture, kept, [saved[at] for at in places], skip_small, _FIXED_BITS)
+    for at, noise in zip(places, drawn, strict=True):
+        fixed[at] = min(noise.total, noises[at].total)
     return [
         [
             Choice(
@@ -163,13 +175,22 @@ def measure_regions(
                 Moment.STORED,
                 StochasticRounding(bits),
                 *changes[position][bits],
-                noises[position].scaled(((2**_DRAWN_BITS - 1) / (2**bits - 1)) ** 2),
+                _noise_at(bits, noises[position].total, fixed[position]),
                 is_region=True,
             )
             for bits in _BITS
         ]
         for position, region in enumerate(regions)
     ]
+
+
+def _noise_at(bits: int, drawn: float, fixed: float) -> Noise:
+    """Return the noise of a region at a width, from that at 2 bits and the part of it that no width changes."""
+    return Noise(own=fixed + (drawn - fixed) * ((2**_DRAWN_BITS - 1) / (2**bits - 1)) ** 2)
+
+
+def _has_fixed_codes(model: nn.Module, region: Region) -> bool:
+    return any(isinstance(unwrap(model).get_submodule(name), _FIXED_CODES) for name in region.layers)
 
 
 def _rules(region: Region, bits: int) -> list[Rule]:
@@ -210,23 +231,26 @@ def _draw_noises(
     regions: Sequence[Region],
     bytes_changes: Sequence[float],
     skip_small: bool,
+    bits: int,
 ) -> list[Noise]:
-    """Return squared errors of the gradient when one region after the other is coded."""
+    """Return squared errors of the gradient when one region after the other is coded at a width."""
     noises = [Noise()] * len(regions)
-    count = -(-len(regions) // _MOST_DRAWS)
+    count = max(1, -(-len(regions) // _MOST_DRAWS))
     for start in range(0, len(regions), count):
         members = range(start, min(start + count, len(regions)))
-        error = _draw_error(step, batch, capture, [regions[position] for position in members], skip_small)
+        error = _draw_error(step, batch, capture, [regions[position] for position in members], skip_small, bits)
         saved = [max(-bytes_changes[position], 1.0) for position in members]
         for position, share in zip(members, saved, strict=True):
             noises[position] = Noise(own=error * share / sum(saved))
     return noises
 
 
-def _draw_error(step: Step, batch: Any, capture: Capture, regions: Sequence[Region], skip_small: bool) -> float:
+def _draw_error(
+    step: Step, batch: Any, capture: Capture, regions: Sequence[Region], skip_small: bool, bits: int
+) -> float:
     """Return the squared error of one draw, dropout left alone."""
     dropouts = names_of_dropouts(step.model)
-    rules = [_rule(name, _DRAWN_BITS) for region in regions for name in region.layers if name not in dropouts]
+    rules = [_rule(name, bits) for region in regions for name in region.layers if name not in dropouts]
     if not rules:
         return 0.0
     handle = approximate(step.model, rules, skip_small=skip_small)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +108,8 @@ def tradeoff(
         Optim. 23 (2013), for the form of the bound. The comparison with a smaller batch at equal cost is ours.
     """
     for name, value, lowest in (("cost", cost, "above 0"), ("noise", noise, "at least 0")):
-        if not math.isfinite(value) or value < 0 or (value == 0 and name == "cost"):
+        is_finite = isinstance(value, numbers.Real) and math.isfinite(value)
+        if not is_finite or value < 0 or (value == 0 and name == "cost"):
             raise TheoryError(f"{name} must be finite and {lowest}, but got {value!r}")
     if math.isnan(noise_to_target) or noise_to_target < 0:
         raise TheoryError(f"noise_to_target must be at least 0 (math.inf: noise decides), but got {noise_to_target!r}")

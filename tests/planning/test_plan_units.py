@@ -418,7 +418,7 @@ def test_a_layer_that_counts_for_nothing_has_noise_below_it_all_the_same() -> No
     [
         (math.nan, "the second moments of '0.weight' that the Adam keeps are not finite"),
         (math.inf, "the second moments of '0.weight' that the Adam keeps are not finite"),
-        (0.0, "the Adam has seen no gradient but zeros and rounding"),
+        (0.0, "the Adam has seen no gradient but zeros, so that"),
     ],
 )
 def test_second_moments_without_a_unit_are_named(value, message) -> None:
@@ -428,6 +428,13 @@ def test_second_moments_without_a_unit_are_named(value, message) -> None:
         optimizer.state[parameter]["exp_avg_sq"].fill_(value)
     with pytest.raises(OptimizerStateError, match=message):
         cheapgrad.plan(model, loss_fn, batches, skip_small=False, flops="55 %", optimizer=optimizer)
+
+
+def test_units_of_nothing_but_rounding_are_refused() -> None:
+    model, _ = make("mlp")
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(OptimizerStateError, match="the Adam has seen no gradient but zeros and rounding"):
+        optimizer_units(make_optimizer(model), names, list(model.parameters()), rounding=names)
 
 
 def test_parameters_without_entries_and_gradients_in_half_precision_do_no_harm() -> None:

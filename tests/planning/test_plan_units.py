@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import cheapgrad
-from cheapgrad.errors import BatchOrderError, NoMatchError, OptimizerStateError, RecordError
+from cheapgrad.errors import BatchOrderError, NoMatchError, OptimizerStateError, RecordError, UnreachableBudgetError
 from cheapgrad.planning import Plan
 from cheapgrad.planning.capture import capture_pass
 from cheapgrad.planning.passed_down import PassedDown
@@ -370,6 +370,8 @@ def test_layers_of_another_optimizer_are_refused_and_derived_weights_left_out() 
     plan = cheapgrad.plan(model, loss_fn, batches, optimizer=make_optimizer(model), **settings)
     assert "2: its weight is computed from other parameters, whose units are not its own" in plan.remarks
     assert "2" not in {layer.name for layer in plan.layers}
+    with pytest.raises(UnreachableBudgetError, match="; left out: 2: its weight is computed from other parameters"):
+        cheapgrad.plan(model, loss_fn, batches, optimizer=make_optimizer(model), **{**settings, "flops": "28 %"})
     lone = nn.Sequential(nn.Linear(24, 5)).double().train()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

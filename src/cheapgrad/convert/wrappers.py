@@ -27,10 +27,10 @@ def _check_not_wrapped(name: str, module: nn.Module) -> None:
     if "OptimizedModule" in class_names or module.__dict__.get("_compiled_call_impl") is not None:
         raise WrapperOrderError(
             f"{name} is compiled already ({type(module).__name__}); convert first: "
-            "handle = cheapgrad.approximate(model, ...), then torch.compile(model)"
+            "handle = cheapgrad.approximate(model, ...), then torch.compile(model); plans are made before both"
         )
     if "FullyShardedDataParallel" in class_names or "FSDPModule" in class_names:
         raise WrapperOrderError(
             f"{name} is sharded already ({type(module).__name__}); convert first: "
-            "handle = cheapgrad.approximate(model, ...), then fully_shard(model)"
+            "handle = cheapgrad.approximate(model, ...), then fully_shard(model); plans are made before both"
         )

@@ -26,6 +26,7 @@ from cheapgrad.errors import (
     ModelTypeError,
     NoMatchError,
     OptimizerStateError,
+    UnreachableBudgetError,
     describe_value,
 )
 from cheapgrad.planning.batches import FEWEST_FOR_ERRORS, MiniBatchVariance, check_shapes
@@ -145,13 +146,19 @@ def plan(
         candidates, left_out = find_candidates(unwrap(model), strategies, skip_small)
     _keep_asked_moments(candidates, set(given))
     remarks = check_loss(step, used[0])
+    dropped: list[str] = []
     if optimizer is not None:
-        left_out += _drop_without_units(candidates, step, optimizer)
+        dropped = _drop_without_units(candidates, step, optimizer)
         step.units = optimizer_units(optimizer, names, step.parameters, find_rounding(step, used[0]))
-    left_out = [*remarks, *step.units.remarks, *left_out]
+    left_out = [*remarks, *step.units.remarks, *left_out, *dropped]
     # Rules of the user's own say for which modules; so does a budget that no code serves.
     has_regions = strategies is None and ("memory" in given or "flops" not in given)
-    return _Planner(step, used, candidates, given, skip_small, left_out, has_regions).make()
+    try:
+        return _Planner(step, used, candidates, given, skip_small, left_out, has_regions).make()
+    except UnreachableBudgetError as error:
+        if not dropped:
+            raise
+        raise UnreachableBudgetError(f"{error}; left out: {'; '.join(dropped)}") from None
 
 
 def _take_batches(batches: Iterable[Any]) -> list[Any]:

@@ -318,6 +318,35 @@ def test_gradients_that_are_rounding_count_for_nothing_in_any_precision(budget, 
     assert plan.predicted.noise_fraction == pytest.approx(noise, rel=0.35 if is_lower else 0.15)
 
 
+class NoCopy(nn.GELU):
+    def __deepcopy__(self, memo: dict) -> None:
+        raise RuntimeError("there is only one of it")
+
+
+class Coarse(nn.Module):
+    """Has another gradient in double precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else 3 * x
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (NoCopy(), "RuntimeError: there is only one of it"),
+        (Coarse(), "a copy in double precision has another gradient"),
+    ],
+)
+def test_models_whose_rounding_nobody_can_tell_are_planned_for_with_a_remark(module, reason) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 24), module, nn.Linear(24, 5)).train()
+    batches = [(x.float(), y) for x, y in make_batches((24,), 4)]
+    optimizer = make_optimizer(model)
+    plan = cheapgrad.plan(model, loss_fn, batches, strategies=ROWS, skip_small=False, flops="80 %", optimizer=optimizer)
+    expected = f"whether a parameter's gradient is nothing but rounding was judged by its size alone: {reason}"
+    assert expected in plan.remarks
+
+
 def test_parameters_in_half_precision_are_no_rounding() -> None:
     torch.manual_seed(0)
     layers = [layer for _ in range(3) for layer in (nn.Linear(32, 32), nn.GELU())]

@@ -149,7 +149,9 @@ def plan(
     dropped: list[str] = []
     if optimizer is not None:
         dropped = _drop_without_units(candidates, step, optimizer)
-        step.units = optimizer_units(optimizer, names, step.parameters, find_rounding(step, used[0]))
+        rounding, untold = find_rounding(step, used[0])
+        step.units = optimizer_units(optimizer, names, step.parameters, rounding)
+        remarks += untold
     left_out = [*remarks, *step.units.remarks, *left_out, *dropped]
     # Rules of the user's own say for which modules; so does a budget that no code serves.
     has_regions = strategies is None and ("memory" in given or "flops" not in given)

@@ -16,8 +16,8 @@ from cheapgrad.planning.passes import Step
 _ROUNDING, _SAME = 0.5, 0.25
 
 
-def find_rounding(step: Step, batch: object) -> frozenset[str]:
-    """Return the names of parameters whose gradient is rounding, in evaluation mode; none where that cannot be told.
+def find_rounding(step: Step, batch: object) -> tuple[frozenset[str], list[str]]:
+    """Return the names of parameters whose gradient is rounding, in evaluation mode, and a remark if nobody can tell.
 
     The size of a gradient does not tell: in half precision the rounding of one may be as large as all of another. Nor
     does the order of the examples, each of which is rounded in the same way in any order.
@@ -33,19 +33,21 @@ def find_rounding(step: Step, batch: object) -> frozenset[str]:
             truth, _ = precise.gradient(
                 map_tensors(batch, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
             )
-    except Exception:
-        # Models that have no copy, no double precision or no evaluation mode are judged by the size of gradients alone.
-        return frozenset()
+    except Exception as error:
+        # Models that have no copy, no double precision or no evaluation mode are planned for all the same.
+        text = " ".join(str(error).split())
+        return frozenset(), [_say_untold(f"{type(error).__name__}: {text[:120]}")]
     lengths = [_length(gradient) for gradient in own]
     apart = [_length(one.double() - other) for one, other in zip(own, truth, strict=True)]
     if torch.tensor(apart).norm() > _SAME * torch.tensor(lengths).norm():
-        return frozenset()
+        return frozenset(), [_say_untold("a copy in double precision has another gradient")]
     names = [name for name, _ in step.named_parameters]
-    return frozenset(
-        name
-        for name, error, length in zip(names, apart, lengths, strict=True)
-        if length > 0 and error > _ROUNDING * length
-    )
+    trios = zip(names, apart, lengths, strict=True)
+    return frozenset(name for name, error, length in trios if length > 0 and error > _ROUNDING * length), []
+
+
+def _say_untold(reason: str) -> str:
+    return f"whether a parameter's gradient is nothing but rounding was judged by its size alone: {reason}"
 
 
 def _length(gradient: Tensor) -> float:

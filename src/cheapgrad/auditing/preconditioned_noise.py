@@ -23,6 +23,8 @@ _DECAYS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
 }
 # What stands beside it: anything else may mean that it is not of the gradient's own entries.
 _COMPANIONS = {"step", "exp_avg", "momentum_buffer", "grad_avg", "mu_product"}
+# Added variance below this share of the mini-batch's is the rounding of sums in another order.
+_ROUNDING = 1e-8
 _KNOWN = "Adam, AdamW, NAdam, RAdam or RMSprop"
 
 
@@ -114,8 +116,10 @@ def precondition_noise(
     if moments is None:
         return PreconditionedNoise()
     known = {moment.position for moment in moments.known}
-    noisy = [name for at, name in enumerate(names) if added and at not in known and bool(added[at].any())]
-    reason = ""
+    reason, noisy = "", []
+    if added and mini_batch:
+        others = [at for at in range(len(names)) if at not in known]
+        noisy = [names[at] for at in others if float(added[at].sum()) > _ROUNDING * float(mini_batch[at].sum())]
     if not mini_batch:
         reason = "the mini-batch's variance is"
     elif not added:

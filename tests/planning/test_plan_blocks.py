@@ -162,7 +162,9 @@ def test_rules_of_the_user_keep_blocks_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "make_norm", [nn.BatchNorm2d, nn.InstanceNorm2d, lambda channels: nn.GroupNorm(2, channels)], ids=str
+    "make_norm",
+    [nn.BatchNorm2d, nn.InstanceNorm2d, lambda channels: nn.GroupNorm(2, channels)],
+    ids=["batch", "instance", "group"],
 )
 @pytest.mark.parametrize("budget", ["85 %", "60 %"])
 def test_noise_of_norms_with_codes_of_a_fixed_width_is_told(make_norm: Callable[[int], nn.Module], budget: str) -> None:

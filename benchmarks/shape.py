@@ -12,9 +12,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import cheapgrad
-from benchmarks.experiments.datasets import load, load_digit_pixels
-from benchmarks.experiments.methods import Method, list_methods
-from benchmarks.experiments.tasks import Task, make_full_tasks, make_quick_tasks
+from benchmarks.experiments.methods import EXACT, Method, list_methods
+from benchmarks.experiments.preparing import Batch, Prepared
+from benchmarks.experiments.settings import make_tasks
+from benchmarks.experiments.tasks import Task
 from benchmarks.experiments.training import draw_batches
 from benchmarks.units import train_exactly
 from cheapgrad.auditing.preconditioned_noise import SecondMoments, read_second_moments
@@ -45,7 +46,7 @@ def measure_shapes(*, data: Path | None) -> Iterator[dict[str, Any]]:
         data: as for ``python -m benchmarks.experiments``; None for the digits.
     """
     methods = {method.label: method for method in list_methods()}
-    tasks = make_full_tasks(load(data)) if data is not None else make_quick_tasks(load(None), load_digit_pixels())
+    tasks = make_tasks(() if data is None else (data,))
     for task, share in itertools.product(tasks, _SHARES):
         if "MLP" not in task.name:
             continue
@@ -63,10 +64,9 @@ def measure_shapes(*, data: Path | None) -> Iterator[dict[str, Any]]:
 class _Noise:
     """Exact gradients of batches and the curvature at the weights of one training."""
 
-    def __init__(
-        self, task: Task, model: nn.Module, moments: SecondMoments, batches: Sequence[tuple[Tensor, Tensor]]
-    ) -> None:
+    def __init__(self, task: Task, model: nn.Module, moments: SecondMoments, batches: Sequence[Batch]) -> None:
         self._task, self._model, self._moments, self._batches = task, model, moments, batches
+        self._draw = Prepared(task, EXACT, model).draw_gradient
         self._divisors = [moment.read().sqrt() + moment.epsilon for moment in moments.known]
         held_out = next(draw_batches(task, _EXAMPLES, _EXAMPLES_SEED))
         self._curvature = GaussNewton(model, nn.functional.cross_entropy, held_out)
@@ -99,6 +99,3 @@ class _Noise:
             step = torch.cat([(part / divisor).flatten() for part, divisor in parts]).float()
             total += float(step.double() @ (self._curvature @ step).double())
         return total / len(errors)
-
-    def _draw(self, batch: tuple[Tensor, Tensor]) -> _Gradient:
-        return torch.autograd.grad(self._task.compute_loss(self._model, *batch), list(self._model.parameters()))

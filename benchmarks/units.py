@@ -13,9 +13,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import cheapgrad
-from benchmarks.experiments.datasets import load, load_digit_pixels
-from benchmarks.experiments.tasks import Task, make_full_tasks, make_quick_tasks
-from benchmarks.experiments.training import draw_batches, make_optimizer
+from benchmarks.experiments.methods import EXACT
+from benchmarks.experiments.preparing import Batch, Prepared
+from benchmarks.experiments.settings import make_tasks
+from benchmarks.experiments.tasks import Task
+from benchmarks.experiments.training import draw_batches, make_optimizer, take_exact_step
 from cheapgrad.auditing.preconditioned_noise import read_second_moments
 from cheapgrad.planning.units import optimizer_units
 
@@ -33,8 +35,7 @@ def measure_units(*, data: Path | None, draws: int) -> Iterator[dict[str, Any]]:
         data: as for ``python -m benchmarks.experiments``; None for the digits.
         draws: of the gradient of each batch.
     """
-    tasks = make_full_tasks(load(data)) if data is not None else make_quick_tasks(load(None), load_digit_pixels())
-    for task in tasks:
+    for task in make_tasks(() if data is None else (data,)):
         if any(isinstance(module, nn.Conv2d) for module in task.build_seeded(0).modules()):
             continue
         steps = max(1, round(_SHARE * task.steps))
@@ -55,15 +56,13 @@ def measure_units(*, data: Path | None, draws: int) -> Iterator[dict[str, Any]]:
             yield record | {"predicted": plan.predicted.noise_fraction} | drawn
 
 
-def train_exactly(task: Task, steps: int) -> tuple[nn.Module, torch.optim.Optimizer, Iterator[tuple[Tensor, Tensor]]]:
+def train_exactly(task: Task, steps: int) -> tuple[nn.Module, torch.optim.Optimizer, Iterator[Batch]]:
     """Return a model after some steps of AdamW at a constant rate, its optimizer, and the batches that come next."""
     model = task.build_seeded(0)
     optimizer = make_optimizer(model, _RATE)
     batches = draw_batches(task, task.batch_size, seed=0)
     for batch in track(itertools.islice(batches, steps), "training exactly", steps, transient=True):
-        optimizer.zero_grad(set_to_none=True)
-        task.compute_loss(model, *batch).backward()
-        optimizer.step()
+        take_exact_step(task, model, optimizer, batch)
     optimizer.zero_grad(set_to_none=True)
     return model, optimizer, batches
 
@@ -76,16 +75,10 @@ class _Drawn:
     mini_batch: Sequence[Tensor]
 
     @classmethod
-    def of(
-        cls, task: Task, model: nn.Module, plan: cheapgrad.Plan, batches: Sequence[tuple[Tensor, Tensor]], draws: int
-    ) -> _Drawn:
-        parameters = list(model.parameters())
-
-        def draw(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(task.compute_loss(model, *batch), parameters)
-
+    def of(cls, task: Task, model: nn.Module, plan: cheapgrad.Plan, batches: Sequence[Batch], draws: int) -> _Drawn:
+        draw = Prepared(task, EXACT, model).draw_gradient
         exact = [draw(batch) for batch in batches]
-        added = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
+        added = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in model.parameters()]
         handle = cheapgrad.approximate(model, plan)
         for batch, gradient in track(list(zip(batches, exact, strict=True)), "drawing", transient=True):
             for _ in range(draws):

@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks.experiments.methods import EXACT, PLANNED_AFTER, Method
 from benchmarks.experiments.preparing import Batch, Prepared, prepare
 from benchmarks.experiments.tasks import Task
-from benchmarks.experiments.training import draw_batches, make_optimizer, rate_share
+from benchmarks.experiments.training import draw_batches, make_optimizer, rate_share, take_exact_step
 from cheapgrad.errors import CheapgradError
 
 # Shares of the usual batch whose exact steps are timed, to read off equal step times.
@@ -115,9 +115,7 @@ def _train_until_planned(task: Task, model: nn.Module, optimizer: torch.optim.Op
     batches = draw_batches(task, task.batch_size, seed)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * rate_share(step, task.steps)
-        optimizer.zero_grad(set_to_none=True)
-        task.compute_loss(model, *next(batches)).backward()
-        optimizer.step()
+        take_exact_step(task, model, optimizer, next(batches))
     optimizer.param_groups[0]["lr"] = 1e-4
 
 

@@ -43,7 +43,7 @@ class Settings:
 
 def make_trials(settings: Settings) -> Trials:
     """Return the experiment that was asked for: the quick one without data, the full one with them."""
-    tasks = _make_tasks(settings.data)
+    tasks = make_tasks(settings.data)
     methods = tuple(method for method in list_methods() if settings.data or method.is_quick)
     chosen = tuple(_scale(task, settings.epochs) for task in tasks if fnmatch.fnmatchcase(task.name, settings.tasks))
     return Trials(
@@ -59,7 +59,7 @@ def make_trials(settings: Settings) -> Trials:
 
 
 @functools.cache
-def _make_tasks(data: tuple[Path, ...]) -> tuple[Task, ...]:
+def make_tasks(data: tuple[Path, ...]) -> tuple[Task, ...]:
     """Return the tasks of these data, which are read once in a process: pictures are slow to decode."""
     if not data:
         return make_quick_tasks(load(None), load_digit_pixels())

@@ -45,6 +45,13 @@ def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimi
     return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
 
 
+def take_exact_step(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    """Take a step of a model that nothing has been applied to."""
+    optimizer.zero_grad(set_to_none=True)
+    task.compute_loss(model, *batch).backward()
+    optimizer.step()
+
+
 def train(task: Task, method: Method, run: TrainingRun) -> dict[str, Any]:
     """Train once and return curve, figures on validation and test data, times, bytes, and added variance.
 

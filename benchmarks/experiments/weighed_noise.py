@@ -15,7 +15,7 @@ from benchmarks.experiments.declaration import NoiseRun
 from benchmarks.experiments.methods import EXACT, Method
 from benchmarks.experiments.preparing import Prepared, prepare
 from benchmarks.experiments.tasks import Task
-from benchmarks.experiments.training import draw_batches, make_optimizer, rate_share
+from benchmarks.experiments.training import draw_batches, make_optimizer, rate_share, take_exact_step
 from cheapgrad.auditing.preconditioned_noise import read_second_moments, weigh_by_steps
 
 _BATCH_SEED, _DRAW_SEED = 5000, 3000
@@ -101,9 +101,7 @@ def measure_weighed_noise(task: Task, methods: Sequence[Method], run: NoiseRun) 
     marks = sorted({max(1, round(share * run.steps)) for share in run.points})
     points = []
     for step in range(1, marks[-1] + 1):
-        optimizer.zero_grad(set_to_none=True)
-        task.compute_loss(model, *next(batches)).backward()
-        optimizer.step()
+        take_exact_step(task, model, optimizer, next(batches))
         schedule.step()
         if step in marks:
             points.append({"step": step, **_measure_point(task, model, methods, run, step, optimizer)})

@@ -98,6 +98,20 @@ def make_batch(seed: int = 1) -> tuple[Tensor, Tensor]:
     return torch.randn(B, I, generator=generator), torch.randint(C, (B,), generator=generator)
 
 
+class _Draws(nn.Module):
+    """A sketch that is drawn in front of a dropout, from the same generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.rand(3)
+        return x
+
+
+def make_drawing_network() -> nn.Sequential:
+    """Return a network with dropout; without its first layer it has other masks."""
+    torch.manual_seed(0)
+    return nn.Sequential(_Draws(), nn.Linear(I, 64), nn.Dropout(0.3), nn.Linear(64, C))
+
+
 def make_even_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """Return an optimizer that has stepped, and divides all entries by nearly the same."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0)

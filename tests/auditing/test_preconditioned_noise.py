@@ -15,6 +15,7 @@ from cheapgrad.errors import OptimizerStateError
 from cheapgrad.sketch import RowSample
 from tests.auditing import planted
 from tests.auditing.planted import make_batch, make_even_optimizer, make_network, mean_loss, right_loss
+from tests.rescaled import Rescaled
 
 _MICRO_BATCHES = 16
 
@@ -99,20 +100,10 @@ def test_where_all_entries_are_divided_alike_it_is_the_noise_fraction():
 @pytest.mark.parametrize("scale", [0.01, 100.0])
 def test_it_does_not_depend_on_the_units_of_a_parameter(scale):
     """The last weight in other units: steps in units of the optimizer are the same, lengths of gradients are not."""
-
-    class Scaled(nn.Module):
-        def __init__(self, layer, scale):
-            super().__init__()
-            self.scale, self.bias = scale, layer.bias
-            self.weight = nn.Parameter(layer.weight.detach() / scale)
-
-        def forward(self, x):
-            return nn.functional.linear(x, self.weight * self.scale, self.bias)
-
     reports = []
     for factor in (1.0, scale):
         model = make_network(planted.exact)
-        model[3], model[5] = nn.Linear(planted.H, planted.H), Scaled(model[5], factor)
+        model[3], model[5] = nn.Linear(planted.H, planted.H), Rescaled(model[5], factor)
         adam = make_adam(model.parameters(), eps=0.0)
         for step in range(3):
             adam.zero_grad()
@@ -242,13 +233,7 @@ def test_it_is_unknown_where_the_mini_batch_or_the_noise_of_entries_is():
     assert report.preconditioned_noise_fraction is None
     assert "noise in units of the optimizer's steps unknown, because the mini-batch's variance is" in report.remarks
 
-    class Draws(nn.Module):
-        def forward(self, x):
-            torch.rand(3)
-            return x
-
-    torch.manual_seed(0)
-    model = nn.Sequential(Draws(), nn.Linear(planted.I, 64), nn.Dropout(0.3), nn.Linear(64, planted.C))
+    model = planted.make_drawing_network()
     settings = {"reference": lambda model, batch: mean_loss(model[1:], batch), "seed": 0, "draws": 8}
     optimizer = train(model, make_adam(model.parameters()))
     report = audit(model, mean_loss, make_batch(), optimizer=optimizer, **settings)

@@ -23,6 +23,7 @@ from cheapgrad.planning.units import Units, optimizer_units
 from cheapgrad.sketch import ColumnSample, StochasticRounding
 from tests.planning.networks import exact_gradients, loss_fn, make_batches, make_mlp, measure_noise
 from tests.planning.test_plan import CASES, ROWS, make
+from tests.rescaled import Rescaled
 
 
 def make_optimizer(model: nn.Module, spread: float = 0.0, eps: float = 0.0) -> torch.optim.Adam:
@@ -161,20 +162,10 @@ def test_even_units_are_no_units() -> None:
 @pytest.mark.parametrize("scale", [1e-2, 1e2])
 def test_a_plan_does_not_depend_on_the_units_of_a_parameter(scale: float) -> None:
     """The head in other units, so that its gradient is shorter or longer: steps of the optimizer are the same."""
-
-    class Scaled(nn.Module):
-        def __init__(self, layer: nn.Linear, scale: float) -> None:
-            super().__init__()
-            self.scale, self.bias = scale, layer.bias
-            self.weight = nn.Parameter(layer.weight.detach() / scale)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(x, self.weight * self.scale, self.bias)
-
     plans, plains = [], []
     for factor in (1.0, scale):
         model, batches = make("mlp", 6)
-        model[-1] = Scaled(model[-1], factor)
+        model[-1] = Rescaled(model[-1], factor)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.0, eps=0.0)
         for batch in batches:
             optimizer.zero_grad()

@@ -94,6 +94,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="JSON lines are appended here")
     arguments = parser.parse_args()
+    if arguments.data is not None and not arguments.data.exists():
+        parser.error(f"--data {arguments.data} does not exist")
     names = _NAMES if "all" in arguments.names else arguments.names
     torch.manual_seed(arguments.seed)
     keeps_memory = not arguments.return_memory and keep_freed_memory()

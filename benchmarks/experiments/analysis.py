@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.experiments.matching import find_time
+from benchmarks.experiments.methods import RULER_BY, SMALLER_BY
 from benchmarks.experiments.results import Row, TaskResults
 from benchmarks.experiments.statistics import Comparison, compare_paired, correct_for_many, summarise
 from cheapgrad.planning import tradeoff
@@ -113,14 +114,20 @@ def time_share(results: TaskResults, row: Row) -> float | None:
 
 def is_shorter(row: Row) -> bool:
     """Tell whether a row is exact training of fewer steps."""
-    return row.match_by == "time, steps" or row.is_ruler
+    return row.match_by == "time, steps" or row.match_by.startswith(RULER_BY)
+
+
+def has_smaller_batch(row: Row) -> bool:
+    """Tell whether a row is exact training of as many steps on smaller batches."""
+    return row.match_by == "time, batch" or row.match_by.startswith(SMALLER_BY)
 
 
 def steps_share(results: TaskResults, row: Row) -> float | None:
     """Return the time of all steps, divided by that of exact training."""
     if row.costs is not None and "ratio" in row.costs:
         return row.exact_share + (1 - row.exact_share) * row.costs["ratio"]
-    if (row.match_by in {"time, batch", "bytes, batch"} or is_shorter(row)) and row.runs and results.exact.runs:
+    is_exact = has_smaller_batch(row) or is_shorter(row) or row.match_by == "bytes, batch"
+    if is_exact and row.runs and results.exact.runs:
         is_usual = row.declaration["batch_size"] == results.exact.declaration["batch_size"]
         step = 1.0 if is_usual else find_time(row.declaration["batch_size"], row.ladder)
         if step is not None:

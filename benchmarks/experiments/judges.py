@@ -19,7 +19,7 @@ from benchmarks.experiments.analysis import (
 )
 from benchmarks.experiments.choices import list_faster, saves_time
 from benchmarks.experiments.methods import FIRST_EXACT, SMALL_TOO
-from benchmarks.experiments.predictions import list_predictions
+from benchmarks.experiments.predictions import Prediction, list_predictions
 from benchmarks.experiments.results import Row, TaskResults
 from benchmarks.experiments.statistics import Comparison, correct_for_many, summarise
 from benchmarks.experiments.tables import name_row, say_difference, say_winner, write_number
@@ -311,18 +311,32 @@ def _say_ratios(ratios: Sequence[float], telling: int) -> list[str]:
 
 
 def judge_weighed_theory(results: TaskResults) -> Finding | None:
-    """Judge the number of steps that noise in units of the optimizer's steps predicts, against whole trainings.
+    """Judge the number of steps that noise in units of the optimizer's steps predicts by the bound."""
+    return _judge_predictions(results, lambda each: each.predicted_adamw)
+
+
+def judge_batches_theory(results: TaskResults) -> Finding | None:
+    """Judge the number of steps of smaller batches of the task that have as much noise in those units."""
+    return _judge_predictions(results, lambda each: each.predicted_batches)
+
+
+def _judge_predictions(results: TaskResults, predict: Callable[[Prediction], float | None]) -> Finding | None:
+    """Judge predicted numbers of steps against whole trainings.
 
     As for `judge_theory`, one method at least has to have been measured that was predicted to take longer by more than
     the error that is allowed, and smaller batches are no such methods. Beyond the end of the ruler nothing is known but
     that a prediction which lies well before it is wrong.
     """
-    found = [each for each in list_predictions(results) if not each.row.is_biased]
+    found = [
+        (each, predicted)
+        for each in list_predictions(results)
+        if not each.row.is_biased and (predicted := predict(each)) is not None
+    ]
     if not found:
         return None
     ratios, telling, contradictions, unknown = [], 0, [], 0
-    for each in found:
-        predicted, measured = each.predicted_adamw, each.measured
+    for each, predicted in found:
+        measured = each.measured
         if measured.ratio <= measured.longest:
             # Better than exact is what a ratio of 1 looks like with scatter.
             ratios.append(max(measured.ratio, 1.0) / predicted)
@@ -339,5 +353,5 @@ def judge_weighed_theory(results: TaskResults) -> Finding | None:
     if unknown:
         parts.append(f"{unknown} beyond the ruler, as predicted")
     is_near = all(abs(ratio - 1) <= _PREDICTED_WITHIN for ratio in ratios)
-    seeds = min(each.measured.seeds for each in found)
+    seeds = min(each.measured.seeds for each, _ in found)
     return Finding(is_near and telling > 0 and not contradictions, "; ".join(parts), seeds)

@@ -30,7 +30,8 @@ def match(by: str, usual: Size, *, ratio: float, ladder: Sequence[Sequence[float
             steps"``: fewer steps on the usual batch, which take as long in total; ``"bytes, batch"``: a batch that
             holds as many bytes, as many examples in total; ``"bytes, parts"``: the usual batch in micro-batches that
             hold as many bytes; ``"bytes, larger batch"``: the method on a batch that holds what the exact method does
-            on the usual one, as many examples in total; ``"steps, 0.7"``: that share of the steps.
+            on the usual one, as many examples in total; ``"steps, 0.7"``: that share of the steps; ``"batch, 0.5"``:
+            that share of the batch, in as many steps.
         usual: the size of the exact run.
         ratio: measured step time of the method, divided by that of the exact step.
         ladder: pairs of batch size and measured step time of exact steps, divided by that of the usual one.
@@ -50,6 +51,8 @@ def match(by: str, usual: Size, *, ratio: float, ladder: Sequence[Sequence[float
         return Size(size, min(steps, max(1, round(steps * ratio))))
     if by.startswith("steps, "):
         return Size(size, max(1, round(steps * float(by.removeprefix("steps, ")))))
+    if by.startswith("batch, "):
+        return Size(max(2, round(size * float(by.removeprefix("batch, ")))), steps)
     if by == "bytes, parts":
         return Size(size, steps, parts=min(size, max(1, round(1 / bytes_share))))
     share = bytes_share if by == "bytes, batch" else 1 / bytes_share

@@ -45,6 +45,8 @@ SMALL_TOO = "recipes.memory(4), small layers too"
 FIRST_EXACT = f"{SMALL_TOO}, first layer exact"
 # Of the steps, in exact trainings that others are measured with: which of them ends as well?
 RULER, RULER_BY = (0.7, 0.4), "steps, "
+# Of the batch, in exact trainings of as many steps: what noise of a known size costs, 1 / share - 1 of the usual noise.
+SMALLER, SMALLER_BY = (0.5, 0.25), "batch, "
 # Where the refreshed basis of rank-constrained sketches is found anew.
 _REFRESH_STEPS = 10
 
@@ -56,7 +58,7 @@ class Match:
     Attributes:
         label: of the method it is compared with.
         by: ``"time, batch"``, ``"time, steps"``, ``"bytes, batch"``, ``"bytes, parts"`` or ``"bytes, larger batch"``;
-            ``"steps, SHARE"`` is a share of the steps.
+            ``"steps, SHARE"`` is a share of the steps, and ``"batch, SHARE"`` of the batch in as many steps.
     """
 
     label: str
@@ -142,8 +144,8 @@ class Method:
 
     @property
     def is_ruler(self) -> bool:
-        """Whether it is exact training of fewer steps, made to measure others with."""
-        return self.match is not None and self.match.by.startswith(RULER_BY)
+        """Whether it is exact training of fewer steps or on smaller batches, made to measure others with."""
+        return self.match is not None and self.match.by.startswith((RULER_BY, SMALLER_BY))
 
     @property
     def is_converted(self) -> bool:
@@ -369,6 +371,10 @@ def _fair_baselines() -> list[Method]:
     ruler = [
         Method(f"exact, {100 * share:.0f} % of the steps", "steps", match=Match(EXACT.label, f"{RULER_BY}{share}"))
         for share in RULER
+    ]
+    ruler += [
+        Method(f"exact, {100 * share:.0f} % of the batch", "batch", match=Match(EXACT.label, f"{SMALLER_BY}{share}"))
+        for share in SMALLER
     ]
     memory = "recipes.memory(4)"
     return [

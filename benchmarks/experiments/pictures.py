@@ -155,15 +155,15 @@ def _set_logarithmic(panel: Axes) -> None:
 
 
 def draw_predictions(all_results: Sequence[TaskResults]) -> bytes:
-    """Return a PNG of measured ratios of whole trainings against those predicted by noise in two units."""
+    """Return a PNG of measured ratios of whole trainings against those predicted in three ways."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(15, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    names = ("every entry alike", "in units of AdamW's steps")
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    names = ("bound, every entry alike", "bound, in units of AdamW's steps", "smaller batches of that noise")
     for number, results in enumerate(all_results):
         colour = colormaps["tab10"](number % 10)
         found = list_predictions(results)
@@ -174,7 +174,10 @@ def draw_predictions(all_results: Sequence[TaskResults]) -> bytes:
             )
             is_open = measured.high > measured.longest
             marker = "s" if each.row.match_label else "o"
-            for panel, predicted in zip(panels, (each.predicted, each.predicted_adamw), strict=True):
+            ways = (each.predicted, each.predicted_adamw, each.predicted_batches)
+            for panel, predicted in zip(panels, ways, strict=True):
+                if predicted is None:
+                    continue
                 # Predictions far beyond the ruler stand at the edge.
                 place = min(predicted, _FARTHEST)
                 panel.errorbar(
@@ -189,7 +192,7 @@ def draw_predictions(all_results: Sequence[TaskResults]) -> bytes:
         panel.plot([0.9, _FARTHEST], [0.9, _FARTHEST], color="#999999", linewidth=1, zorder=0)
         _set_logarithmic(panel)
         panel.set_ylim(0.6, 3.2)
-        panel.set_title(f"noise {name}; squares: smaller batches; triangles: or more", fontsize=9, loc="left")
+        panel.set_title(f"{name}; squares: smaller batches; triangles: or more", fontsize=9, loc="left")
         panel.set_xlabel(f"steps ÷ exact, predicted (at the edge: {_FARTHEST:g} or more)")
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("steps ÷ those of the exact training that ends as well")

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.experiments.analysis import list_distinct
+from benchmarks.experiments.analysis import has_smaller_batch, list_distinct
 from benchmarks.experiments.equivalent import Equivalent, measure_equivalent
 from benchmarks.experiments.methods import EXACT
 from benchmarks.experiments.results import Row, TaskResults
+from benchmarks.experiments.smaller_batches import BatchCurve, list_smaller, read_batch_curve
 from benchmarks.experiments.statistics import summarise
 from benchmarks.experiments.tables import name_all, write_equivalent, write_number, write_table
 from cheapgrad.planning import tradeoff
@@ -28,6 +29,8 @@ class Prediction:
         omega_adamw: the same in units of AdamW's steps.
         predicted: ratio of steps by `omega`.
         predicted_adamw: ratio of steps by `omega_adamw`.
+        predicted_batches: ratio of steps of smaller batches of the task that have as much noise, by `omega_adamw`; None
+            where none were trained, and for those that it is read off.
         measured: steps of the method ÷ those of the exact training that ends as well.
     """
 
@@ -36,6 +39,7 @@ class Prediction:
     omega_adamw: tuple[float, ...]
     predicted: float
     predicted_adamw: float
+    predicted_batches: float | None
     measured: Equivalent
 
 
@@ -45,6 +49,7 @@ def list_predictions(results: TaskResults) -> list[Prediction]:
     A batch of a share q of the examples has ``1 + ω = 1/q``, whatever the unit.
     """
     found = []
+    curve, own = read_batch_curve(results), {row.run_ids for row in list_smaller(results)}
     for row in list_distinct(results.rows) if results.weighed else []:
         measured = measure_equivalent(results, row)
         if measured is None or row is results.exact or row.is_tuned:
@@ -55,8 +60,13 @@ def list_predictions(results: TaskResults) -> list[Prediction]:
             continue
         omega, omega_adamw = zip(*(noise for noise, _ in known), strict=True)
         ratios = (summarise(values)[0] for values in zip(*(each for _, each in known), strict=True))
-        found.append(Prediction(row, omega, omega_adamw, *ratios, measured=measured))
+        by_batches = None if row.run_ids in own else _read_mean(curve, omega_adamw)
+        found.append(Prediction(row, omega, omega_adamw, *ratios, by_batches, measured))
     return found
+
+
+def _read_mean(curve: BatchCurve | None, omegas: Sequence[float]) -> float | None:
+    return None if curve is None else summarise([curve.read(omega) for omega in omegas])[0]
 
 
 def _weigh(
@@ -67,7 +77,7 @@ def _weigh(
     How much noise exact training has beside its signal is a property of the training, not of the method.
     """
     exact = methods[EXACT.step_words]
-    if row.match_by == "time, batch":
+    if has_smaller_batch(row):
         more = results.exact.declaration["batch_size"] / row.declaration["batch_size"] - 1
         omegas = (more, more)
     elif not row.match_label and row.words in methods:
@@ -90,11 +100,12 @@ def write_predictions(all_results: Sequence[TaskResults]) -> str:
         for each in found:
             cells = [results.task, name_all(results, each.row)]
             cells += [_write_points(values) for values in (each.omega, each.omega_adamw)]
-            cells += [write_number(value) for value in (each.predicted, each.predicted_adamw)]
+            predicted = (each.predicted, each.predicted_adamw, each.predicted_batches)
+            cells += [write_number(value) for value in predicted]
             rows.append([*cells, write_equivalent(each.measured), str(each.measured.seeds)])
         if found:
             places.append(_say_place(results))
-    heads = "task|method|ω|ω, AdamW|predicted by ω|predicted by ω, AdamW|measured [95 %]|seeds"
+    heads = "task|method|ω|ω, AdamW|predicted by ω|by ω, AdamW|by smaller batches|measured [95 %]|seeds"
     words = f"Largest tensor, by its share of the mini-batch's variance: {'; '.join(places)}." if places else ""
     return "\n\n".join(part for part in (write_table(heads.split("|"), rows), words) if part)
 

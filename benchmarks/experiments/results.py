@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.declaration import NoiseRun, identify
-from benchmarks.experiments.methods import EXACT, RULER_BY, Method
+from benchmarks.experiments.methods import EXACT, RULER_BY, SMALLER_BY, Method
 from benchmarks.experiments.runner import Finds
 from benchmarks.experiments.store import Lines, Record
 from benchmarks.experiments.tasks import Task
@@ -85,8 +85,8 @@ class Row:
 
     @property
     def is_ruler(self) -> bool:
-        """Whether it is exact training of fewer steps, made to measure others with."""
-        return self.match_by.startswith(RULER_BY)
+        """Whether it is exact training of fewer steps or on smaller batches, made to measure others with."""
+        return self.match_by.startswith((RULER_BY, SMALLER_BY))
 
     @property
     def worst_omega(self) -> float | None:

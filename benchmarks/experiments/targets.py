@@ -9,6 +9,7 @@ from benchmarks.experiments.judges import (
     Finding,
     Judge,
     judge_backward,
+    judge_batches_theory,
     judge_frontier,
     judge_memory,
     judge_speed,
@@ -91,6 +92,12 @@ _TARGETS = (
         "theory, by whole trainings and noise in units of AdamW's steps",
         "the same, set later: see [noise and steps](#noise-and-steps)",
         judge_weighed_theory,
+        4,
+    ),
+    Target(
+        "theory, by smaller batches of the task that have as much noise in units of AdamW's steps",
+        "the same, set last",
+        judge_batches_theory,
         4,
     ),
 )

@@ -207,7 +207,7 @@ def test_predictions_follow_from_noise_in_both_units():
     assert batch.omega == batch.omega_adamw == (0.25,)
     assert batch.predicted_adamw == pytest.approx(1.25)
     page = write_predictions([results])
-    assert "| ViT on data | uniform masks, rows 0.3 | 0.5 | 1 | 1.35 | 2.00 | 1.58 [" in page
+    assert "| ViT on data | uniform masks, rows 0.3 | 0.5 | 1 | 1.35 | 2.00 | – | 1.58 [" in page
     assert page.endswith("variance: ViT on data: `head.weight` (60 to 60 %).")
     assert write_predictions([replace(results, weighed=())]) == ""
     assert draw_predictions([results]).startswith(b"\x89PNG")
@@ -250,7 +250,7 @@ def test_both_points_of_a_training_are_shown_and_their_ratios_averaged():
     results = replace(make_results("ViT", rows), weighed=points)
     (found,) = list_predictions(results)
     assert (found.predicted, found.predicted_adamw) == (pytest.approx(1.3), pytest.approx(1.6))
-    assert "| 0.2 to 0.4 | 0.4 to 0.8 | 1.30 | 1.60 |" in write_predictions([results])
+    assert "| 0.2 to 0.4 | 0.4 to 0.8 | 1.30 | 1.60 | – |" in write_predictions([results])
 
 
 def test_exact_steps_have_no_noise():

@@ -26,7 +26,7 @@ def test_programs_of_the_page_on_plans_run(capsys: pytest.CaptureFixture[str]) -
     assert "cheapgrad plan for flops='70 %'" in table
     assert "the plan beats a smaller batch of equal cost" in table
     assert names["plan"].backward_flops_fraction <= 0.7
-    assert "of the mini-batch variance, in units of the optimizer's steps (modelled from 4 batches" in totals
+    assert "of the mini-batch variance in units of the optimizer's steps (modelled from 4 batches" in totals
     steps, cost, beats = figures.split()
     # Where noise decides, the steps are multiplied by 1 + ω, and the cost by c (1 + ω).
     assert (float(steps), float(cost), beats) == (pytest.approx(1.085), pytest.approx(0.75 * 1.085), "True")

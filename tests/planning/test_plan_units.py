@@ -222,7 +222,8 @@ def test_a_plan_says_its_units_and_keeps_them_in_a_file() -> None:
     model, batches = make("mlp")
     settings = {"strategies": ROWS, "skip_small": False, "flops": "55 %"}
     plan = cheapgrad.plan(model, loss_fn, batches, optimizer=make_optimizer(model, spread=1.0), **settings)
-    assert "of the mini-batch variance, in units of the optimizer's steps (modelled from 4 batches;" in str(plan)
+    assert "of the mini-batch variance in units of the optimizer's steps (modelled from 4 batches;" in str(plan)
+    assert str(plan).startswith("cheapgrad plan for flops='55 %', noise in units of the optimizer's steps: ")
     assert Plan.from_json(plan.to_json()) == plan
     plain = dataclasses.replace(plan, in_optimizer_units=False)
     assert "in units of" not in str(plain)
@@ -232,6 +233,18 @@ def test_a_plan_says_its_units_and_keeps_them_in_a_file() -> None:
     assert Plan.from_dict(data) == plain
     with pytest.raises(RecordError, match=r"in_optimizer_units.*'yes'"):
         Plan.from_dict({**data, "in_optimizer_units": "yes"})
+
+
+def test_a_refused_ceiling_is_named_in_its_units() -> None:
+    model, batches = make("mlp")
+    settings = {"strategies": ROWS, "skip_small": False, "flops": "55 %", "noise": 1e-4}
+    with pytest.raises(UnreachableBudgetError, match="contradict each other") as plain:
+        cheapgrad.plan(model, loss_fn, batches, **settings)
+    with pytest.raises(
+        UnreachableBudgetError, match=r"needs noise=[0-9.e-]+ in units of the optimizer's steps, measured"
+    ):
+        cheapgrad.plan(model, loss_fn, batches, optimizer=make_optimizer(model, spread=1.0), **settings)
+    assert "in units of" not in str(plain.value)
 
 
 class Attention(nn.Module):

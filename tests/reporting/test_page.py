@@ -278,7 +278,7 @@ def test_plan_has_its_layers_and_totals(tmp_path):
     (tmp_path / "plan.json").write_text(plan.to_json())
     summary = text_of(find(read(render_page(read_directory(tmp_path))), "summary"))
     page = read(render_page(read_directory(tmp_path)))
-    assert "add 0.05 of the mini-batch variance, in units of the optimizer's steps; c(1 + ω)" in summary
+    assert "add 0.05 of the mini-batch variance in units of the optimizer's steps; c(1 + ω)" in summary
     _, rows = read_table(page, "plan-0-totals")
     assert rows["noise (ω) in units of the optimizer's stepsmodelled"] == ["0.0", "0.05", "–"]
     assert "in units of the optimizer's steps, parameter by parameter" in text_of(find(page, "variance"))

@@ -19,6 +19,7 @@ from cheapgrad.errors import CheapgradError, RecordError, describe_value
 from cheapgrad.field_types import find_misfit
 from cheapgrad.planning.batches import FEWEST_FOR_ERRORS, spare_factor
 from cheapgrad.planning.held import HeldPart
+from cheapgrad.planning.units import name_units
 from cheapgrad.sketch import AbstractStrategy
 from cheapgrad.sketch.value import from_dict
 
@@ -274,7 +275,7 @@ class Plan:
     @property
     def noise_units(self) -> str:
         """What a figure of noise is a multiple of, in words."""
-        return "mini-batch variance" + ", in units of the optimizer's steps" * self.in_optimizer_units
+        return f"mini-batch variance{name_units(self.in_optimizer_units)}"
 
     def describe_totals(self) -> list[str]:
         """Return a line for each of bytes, FLOPs and noise."""

@@ -17,6 +17,7 @@ from cheapgrad.planning.costs import count_planned_costs
 from cheapgrad.planning.parts import Choice
 from cheapgrad.planning.passes import Step
 from cheapgrad.planning.plan_noise import Observed, PlanNoise, expected_margin, measure_plan_noise, rules_of
+from cheapgrad.planning.units import name_units
 
 # Draws of the plan for each batch that laws are evaluated on.
 _DRAWS = 3
@@ -109,7 +110,7 @@ class Search:
             factor = max(1.02 * found.factor, 1.05 * factor)
         text = (
             f"every layer is left exact: of the {_ROUNDS} plans tried for noise={ceiling.given!r} the last needs "
-            f"noise={_round_up(found.noise.bound / self.variance.value)}"
+            f"noise={_round_up(found.noise.bound / self.variance.value)}{name_units(self.step.units.of_optimizer)}"
         )
         return dataclasses.replace(self._measure((), self.report), remarks=(text,))
 
@@ -206,7 +207,7 @@ class Search:
         others = " and ".join(f"{name}={limit.given!r}" for name, limit in costs.items())
         text = (
             f"{others} and noise={ceiling.given!r} contradict each other: {others} needs noise="
-            f"{_round_up(found.noise.bound / self.variance.value)}, measured"
+            f"{_round_up(found.noise.bound / self.variance.value)}{name_units(self.step.units.of_optimizer)}, measured"
         )
         if len(costs) > 1:
             return UnreachableBudgetError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from cheapgrad.planning.units import name_units
+
 if TYPE_CHECKING:
     from cheapgrad.planning.record import Plan
 
@@ -36,7 +38,8 @@ def render_plan(plan: Plan) -> str:
     buffer = io.StringIO()
     Console(file=buffer, width=_WIDTH, color_system=None, highlight=False, markup=False).print(table)
     budgets = ", ".join(f"{name}={value!r}" for name, value in plan.budgets.items())
-    lines = [f"cheapgrad plan for {budgets}: {len(plan.layers)} layers"]
+    units = f", noise{name_units(plan.in_optimizer_units)}" * plan.in_optimizer_units
+    lines = [f"cheapgrad plan for {budgets}{units}: {len(plan.layers)} layers"]
     if plan.layers:
         lines += ["", "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines()), ""]
     lines += [*plan.describe_totals(), plan.advice, *plan.remarks]

@@ -38,6 +38,15 @@ class Units:
         ]
 
 
+def name_units(of_optimizer: bool) -> str:
+    """Return what comes behind a figure of noise: nothing, or that it is in units of the optimizer's steps.
+
+    >>> name_units(False), name_units(True)
+    ('', " in units of the optimizer's steps")
+    """
+    return " in units of the optimizer's steps" if of_optimizer else ""
+
+
 def plain_units(parameters: Sequence[nn.Parameter]) -> Units:
     """Return units in which every entry of the gradient counts as it is."""
     return Units((1.0,) * len(parameters))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from cheapgrad.cost.units import format_flops
 from cheapgrad.planning.record import Plan
+from cheapgrad.planning.units import name_units
 from cheapgrad.reporting.figures import UNKNOWN, format_bytes, format_plain, format_share
 from cheapgrad.reporting.markup import Html, element
 from cheapgrad.reporting.page.tables import Column, head_cell, make_table, number_cell, text_cell
@@ -75,11 +76,10 @@ def _write_totals(plan: Plan, label: str, name: str) -> Html:
             [head_cell(what, source="counted"), *(number_cell(value, write) for value in (before, after)),
              number_cell(share, format_share)]
         )  # fmt: skip
-    units = " in units of the optimizer's steps" if plan.in_optimizer_units else ""
     noise = (exact.noise_fraction, planned.noise_fraction, None)
     rows.append(
         [
-            head_cell(f"noise (ω){units}", source="modelled"),
+            head_cell(f"noise (ω){name_units(plan.in_optimizer_units)}", source="modelled"),
             *(number_cell(v, format_plain, modelled=True) for v in noise),
         ]
     )

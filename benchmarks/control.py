@@ -32,8 +32,8 @@ _SETTLED, _SEED = 64 * 32, 5
 def measure_control(*, data: Path | None, steps: int, windows: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Yield ω by window of training on a transformer and a perceptron, then the time that control takes."""
     digits = _digits()
-    transformer, rule = VisionTransformer(64, 3, 16, 4, 10, 16), cheapgrad.Rule("blocks.*", cotangent=RowSample(0.5))
-    yield from _follow("transformer, digits", transformer, rule, digits, steps, windows)
+    rule = cheapgrad.Rule("blocks.*", cotangent=RowSample(0.5))
+    yield from _follow("transformer, digits", _small_transformer(), rule, digits, steps, windows)
     perceptron = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
     )
@@ -44,7 +44,14 @@ def measure_control(*, data: Path | None, steps: int, windows: int, rounds: int)
         patches = load_patches(data)
         model = VisionTransformer(96, 3, patches.inputs.shape[1], patches.inputs.shape[2], 10, 32)
         yield from _follow(f"transformer, {patches.name}", model, rule, patches, steps, windows)
+    # Last, from a seed of its own: the others are as they were before there were such units.
+    torch.manual_seed(_SEED)
+    yield from _follow("transformer, digits", _small_transformer(), rule, digits, steps, windows, in_steps=True)
     yield time_overhead(rounds)
+
+
+def _small_transformer() -> nn.Module:
+    return VisionTransformer(64, 3, 16, 4, 10, 16)
 
 
 def _digits() -> Patches:
@@ -59,33 +66,43 @@ def _digits() -> Patches:
 
 
 def _follow(
-    name: str, model: nn.Module, rule: cheapgrad.Rule, patches: Patches, steps: int, windows: int
+    name: str,
+    model: nn.Module,
+    rule: cheapgrad.Rule,
+    patches: Patches,
+    steps: int,
+    windows: int,
+    *,
+    in_steps: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Train under control from the start; measure at every step, on batches of their own; sum up by window.
 
     ω of a window is the sum of the added variances at its steps over the sum of the mini-batch variances, on the
-    weights of the controlled layers, at the very budgets in force, trials included.
+    weights of the controlled layers, at the very budgets in force, trials included; in units of AdamW's steps both are
+    of gradients divided by the root of the mean second moment of their weight.
     """
     handle = cheapgrad.approximate(model, rule, skip_small=False)
-    controller = cheapgrad.Controller(handle, TARGET, every=EVERY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    controller = cheapgrad.Controller(handle, TARGET, every=EVERY, optimizer=optimizer if in_steps else None)
     layers = (model.get_submodule(layer) for layer in controller.keeps)
     weights = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator, seen, estimates = torch.Generator().manual_seed(_SEED), [], []
     for step in track(range(1, steps + 1), description=name, transient=True):
-        seen.append(_measure_step(model, handle, patches, weights, generator))
+        factors = [_find_factor(optimizer, weight) if in_steps else 1.0 for weight in weights]
+        seen.append(_measure_step(model, handle, patches, (weights, factors), generator))
         index = torch.randint(0, len(patches.labels), (BATCH,))
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(patches.inputs[index]), patches.labels[index])
         loss.backward()
         optimizer.step()
         controller.step()
-        estimates.append(controller.noise)
+        # There is none before the first look.
+        estimates += [] if controller.noise is None else [controller.noise]
         if step * windows % steps < windows:
             omega, error = _ratio_of_sums(torch.tensor(seen, dtype=torch.float64))
             yield {
                 "benchmark": "control",
-                "method": name,
+                "method": name + ", in units of AdamW's steps" * in_steps,
                 "steps": f"{step - len(seen) + 1}-{step}",
                 "loss": loss.item(),
                 "keep": controller.keep,
@@ -101,7 +118,11 @@ def _follow(
 
 
 def _measure_step(
-    model: nn.Module, handle: cheapgrad.Handle, patches: Patches, weights: list[Tensor], generator: torch.Generator
+    model: nn.Module,
+    handle: cheapgrad.Handle,
+    patches: Patches,
+    weighed: tuple[list[Tensor], list[float]],
+    generator: torch.Generator,
 ) -> tuple[float, float]:
     """Return the added variance at the strategies in force, and the mini-batch variance, from two fresh batches."""
     in_force, random_state = handle.strategies(), torch.random.get_rng_state()
@@ -110,17 +131,27 @@ def _measure_step(
     for _ in range(2):
         index = torch.randint(0, len(patches.labels), (BATCH,))
         with handle.exact():
-            exact.append(_gradient(model, patches, index, weights))
+            exact.append(_gradient(model, patches, index, *weighed))
         handle.replace_strategies(give_own_trial(in_force, BATCH, torch.initial_seed() % 2**31))
-        added += (_gradient(model, patches, index, weights) - exact[-1]).square().sum().item() / 2
+        added += (_gradient(model, patches, index, *weighed) - exact[-1]).square().sum().item() / 2
         handle.replace_strategies(in_force)
     torch.random.set_rng_state(random_state)
     return added, (exact[0] - exact[1]).square().sum().item() / 2
 
 
-def _gradient(model: nn.Module, patches: Patches, index: Tensor, weights: list[Tensor]) -> Tensor:
+def _gradient(model: nn.Module, patches: Patches, index: Tensor, weights: list[Tensor], factors: list[float]) -> Tensor:
     loss = functional.cross_entropy(model(patches.inputs[index]), patches.labels[index])
-    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)])
+    found = zip(factors, torch.autograd.grad(loss, weights), strict=True)
+    return torch.cat([factor * part.flatten() for factor, part in found])
+
+
+def _find_factor(optimizer: torch.optim.AdamW, weight: Tensor) -> float:
+    """Return what a weight's gradient is divided by in a step, inverted; 0 before the first one."""
+    state, (_, beta) = optimizer.state.get(weight), optimizer.defaults["betas"]
+    if not state:
+        return 0.0
+    moment = float(state["exp_avg_sq"].mean()) / (1 - beta ** float(state["step"]))
+    return 1 / (math.sqrt(moment) + optimizer.defaults["eps"])
 
 
 def _ratio_of_sums(pairs: Tensor) -> tuple[float, float]:

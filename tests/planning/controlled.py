@@ -76,6 +76,7 @@ def measure_noise(
     share: Callable[[Tensor], Tensor] = lambda gradient: gradient,
     batches: int = 60,
     draws: int = 6,
+    weights: list[Tensor] | None = None,
 ) -> float:
     """Return added variance over mini-batch variance of an accumulated gradient, by Monte Carlo on batches of its own.
 
@@ -87,9 +88,10 @@ def measure_noise(
         share: makes the gradient that training uses of that of this process.
         batches: how many.
         draws: of the gradient of each.
+        weights: whose noise it is; those of all linear layers by default.
     """
-    generator, weights = torch.Generator().manual_seed(seed), list_weights(model)
-    exact, added = [], []
+    generator, exact, added = torch.Generator().manual_seed(seed), [], []
+    weights = list_weights(model) if weights is None else weights
 
     def accumulate(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         total = sum(

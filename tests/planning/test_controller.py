@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 
@@ -21,6 +22,7 @@ from cheapgrad.sketch import ColumnSample, RowSample, Systematic, minimum_varian
 from tests.planning.controlled import (
     B,
     D,
+    Tokens,
     list_weights,
     make_batch,
     mean_loss,
@@ -193,12 +195,42 @@ def test_trials_that_show_nothing_are_an_error() -> None:
         run_step(model, controller, generator, examples=3)
 
 
+def test_noise_that_is_drawn_at_a_frozen_layer_alone_is_an_error_and_not_zero() -> None:
+    model, _, controller = set_up(noise=0.1)
+    assert isinstance(model.head, nn.Linear)
+    model.head.weight.requires_grad_(False)
+    generator = torch.Generator().manual_seed(9)
+    run_step(model, controller, generator)
+    assert controller.noise is None
+    assert controller.obstacle == "the rows drawn at head are in the gradient of no weight there"
+    run_step(model, controller, generator)
+    with pytest.raises(ControlError, match="3 trials in a row measured nothing: the rows drawn at head are in"):
+        run_step(model, controller, generator)
+
+
+def test_noise_of_a_frozen_layer_is_seen_below_where_rows_are_drawn_again() -> None:
+    torch.manual_seed(3)
+    model = Tokens().double()
+    model.head.weight.requires_grad_(False)
+    rules = [cheapgrad.Rule(name, cotangent=RowSample(keep)) for name, keep in (("head", 0.95), ("blocks*", 0.2))]
+    handle = cheapgrad.approximate(model, rules, skip_small=False)
+    controller = Controller(handle, noise=0.1, every=2)
+    generator, noises = torch.Generator().manual_seed(9), []
+    below = [weight for weight in list_weights(model) if weight.requires_grad]
+    for step in range(1, 162):
+        run_step(model, controller, generator)
+        if step % 40 == 1 and step > 40:
+            measure = functools.partial(measure_noise, model, handle, batches=40, draws=2, weights=below)
+            noises.append(measure_between_trials(handle, controller.keeps, measure))
+    assert sum(noises) / len(noises) == pytest.approx(0.1, rel=0.25)
+
+
 def test_states_of_other_models_are_refused() -> None:
     _, _, controller = set_up(keep=0.5)
     _, _, other = set_up(keep=0.25)
     with pytest.raises(ControlError, match=r"'blocks.0.1': 0.25"):
         controller.load_state_dict(other.state_dict())
-    with pytest.raises(ControlError, match="curves, followers, history"):
+    with pytest.raises(ControlError, match="curves, factors, followers, history"):
         controller.load_state_dict({"step": 1})
 
 

@@ -36,8 +36,8 @@ def _passes_by_coins() -> list[HalvesPass]:
 def test_without_noise_there_is_no_gain_on_average_over_the_coins() -> None:
     gains, favouring = [], []
     for current in _passes_by_coins():
-        gains.append(float(current.totals()[1] * current._squares[0].sum()))
-        relative = current._squares / current._sizes
+        gains.append(float(current.totals()[1] * current._sizes_in_units[1]))
+        relative = current._squares[0] / current._sizes
         # The mistake: a weight that is larger where the exact gradient happens to be small.
         favouring.append(float(((relative[1] - relative[0]) / relative[0]).sum()))
     assert max(map(abs, gains)) > 1e-3
@@ -53,7 +53,7 @@ def test_a_draws_own_noise_is_estimated_without_bias() -> None:
         index_K = torch.tensor(subset)
         current = AllPass(B, torch.Generator(), grad.device)
         drawn = grad[index_K] * weight_K.unsqueeze(1)
-        current.see_product("layer", Factors(drawn, stored[index_K], index_K // T, index_K % T, B, T), weight_K)
+        current.see_product("layer", Factors(drawn, stored[index_K], index_K // T, index_K % T, B, T), weight_K, 1.0)
         noise.append(current._noise_and_variance["layer"][0])
     truth = ((B * T / kept - 1) * grad.square().sum(1) * stored.square().sum(1)).sum()
     torch.testing.assert_close(torch.stack(noise).mean(), truth, rtol=1e-12, atol=0)

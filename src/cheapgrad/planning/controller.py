@@ -27,6 +27,7 @@ from cheapgrad.planning.controller_settings import describe_settings
 from cheapgrad.planning.controller_share import has_ranks, share_trial
 from cheapgrad.planning.controller_state import ControlRecord, read_state
 from cheapgrad.planning.controller_trial import Look, Trial, TrialDesign
+from cheapgrad.planning.controller_units import StepUnits
 from cheapgrad.sketch import LayerShape
 
 # A trial at each of the first steps, then at every second one, then at every `every`-th.
@@ -70,6 +71,8 @@ class Controller:
         seed: of the coins; the same on every rank.
         process_group: whose ranks share what they measured, as their gradients are averaged; the default group if
             there is one.
+        optimizer: Adam, AdamW, NAdam, RAdam or RMSprop, as for `cheapgrad.plan`: ω is then in units of its steps, each
+            weight's gradient divided by the root of its mean second moment. Nothing is measured before its first step.
 
     **Law** Call ``step()`` after each optimizer step. The difference of the halves is unbiased for the variance of
     sketched rows on the weights of linear layers, where examples do not see each other (batch norm) and rows come
@@ -84,7 +87,9 @@ class Controller:
     Raises:
         ControlError: `handle` is no `Handle`, no layer samples rows of its cotangent, or a number out of range.
         BudgetError: if `every` or `least_keep` is out of range.
-        ConversionError: if the handle was reverted. Whatever is raised, a controller made before stays in charge.
+        ConversionError: if the handle was reverted.
+        OptimizerStateError: if `optimizer` is none, or does not hold the weights under control; by `step`, if it keeps
+            no second moments. Whatever is raised, a controller made before stays in charge.
 
     >>> import torch, cheapgrad
     >>> from cheapgrad.sketch import RowSample
@@ -114,23 +119,30 @@ class Controller:
         least_keep: float = 0.05,
         seed: int = 0,
         process_group: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self._schedule = noise if isinstance(noise, NoiseSchedule) else None
         self._noise = noise.first if isinstance(noise, NoiseSchedule) else check_noise("noise", noise)
         self._every = check_count("every", every)
         self._least_keep = check_fraction("least_keep", least_keep)
         self._seed = check_count("seed", seed, minimum=0)
-        self._settings = describe_settings(self._schedule or self._noise, self._every, self._least_keep, self._seed)
+        self._settings = describe_settings(
+            self._schedule or self._noise, self._every, self._least_keep, self._seed, optimizer is not None
+        )
         self._handle = handle
         self._group = process_group
         self._claim = Claim(handle)
         self._base = self._claim.strategies
+        self._units = None if optimizer is None else StepUnits(optimizer, self._claim.layers())
+        self._factors: dict[str, float] = {} if self._units is None else self._units.read(0)
         self._step = 0
         self._shift = 0.0
         self._misses = 0
         self._measured: float | None = None
         self._totals = torch.zeros(len(TOTALS), dtype=torch.float64)
-        self._totals[1:3] = torch.tensor([_USUAL_CALIBRATION * _USUAL_NOISE, _USUAL_NOISE], dtype=torch.float64)
+        usual = {"gain": _USUAL_CALIBRATION * _USUAL_NOISE, "predicted_gain": _USUAL_NOISE}
+        for name, value in {**usual, "plain_gain": usual["gain"]}.items():
+            self._totals[TOTALS.index(name)] = value
         self._rows: dict[str, int] = {}
         self._log_size: float | None = None
         self._curves: dict[str, Tensor] = {}
@@ -169,9 +181,15 @@ class Controller:
 
     @property
     def calibration(self) -> float:
-        """Measured noise over what the draws alone predict; near 1 where the noise of a layer reaches no other."""
-        gain, predicted = float(self._totals[1]), float(self._totals[2])
-        return min(max(gain / predicted, _CALIBRATIONS[0]), _CALIBRATIONS[1])
+        """Measured noise over what the draws alone predict; near 1 where the noise of a layer reaches no other.
+
+        In units of an optimizer's steps it also tells those from units of the gradient.
+        """
+        return self._calibrate("gain")
+
+    def _calibrate(self, gain: str) -> float:
+        measured, predicted = (float(self._totals[TOTALS.index(name)]) for name in (gain, "predicted_gain"))
+        return min(max(measured / predicted, _CALIBRATIONS[0]), _CALIBRATIONS[1])
 
     @property
     def adam_learning_rate_factor(self) -> float:
@@ -185,6 +203,7 @@ class Controller:
             ControlError: if several trials in a row showed nothing; the message says why. If another controller was
                 made for the model since, or a layer is gone; the message names it.
             ConversionError: if the handle was reverted.
+            OptimizerStateError: if the optimizer keeps no second moments.
         """
         sizes = self._claim.seen_sizes()
         rows = {name: shape.rows for name, shape in sizes.items() if isinstance(shape, LayerShape)}
@@ -193,6 +212,8 @@ class Controller:
         if self._trial is not None:
             self._take_in(self._trial, rows)
         self._step += 1
+        if self._units is not None and (not self._factors or self._look() in (Look.HALVES, Look.LAYERS)):
+            self._factors = self._units.read(self._step)
         self._prepare()
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,6 +233,7 @@ class Controller:
             "curves": {layer: curve.clone() for layer, curve in self._curves.items()},
             "layers": {layer: pair.clone() for layer, pair in self._layers.items()},
             "followers": sorted(self._followers),
+            "factors": dict(self._factors),
             "keeps": {layer: strategy.keep for layer, strategy in self._base.items()},
             "settings": dict(self._settings),
             "history": [dataclasses.asdict(record) for record in self.history],
@@ -231,6 +253,7 @@ class Controller:
         self._measured, self._log_size = read.noise, read.log_size
         self._totals, self._rows = read.totals, read.rows
         self._curves, self._layers, self._followers = read.curves, read.layers, read.followers
+        self._factors = read.factors
         self.history = read.history
         self._prepare()
 
@@ -239,6 +262,8 @@ class Controller:
 
     def _look(self) -> Look | None:
         """Return what is looked at in the present step."""
+        if self._units is not None and not self._factors:
+            return None
         if self._misses or self._step < _DENSE_STEPS:
             return Look.HALVES
         if self._step < _HALF_DENSE_STEPS:
@@ -267,7 +292,7 @@ class Controller:
         if look is not None:
             layers = frozenset(self._curves) if look is Look.CURVES else None
             seed = (self._seed + 0x9E3779B1 * (self._step + 1)) % _SEEDS
-            self._trial = Trial(seed, self._claim.count_examples, look, layers)
+            self._trial = Trial(seed, self._claim.count_examples, look, layers, self._factors)
             designs = {name: TrialDesign(design, self._trial, name, keeps[name]) for name, design in designs.items()}
         if look is Look.HALVES and self._curves:
             keeps = self._keeps(self._find_shift(self._trial_factor() * self.target))
@@ -292,18 +317,21 @@ class Controller:
         self._rows, self.obstacle = shared.rows, trial.obstacle
         compares = trial.look is Look.HALVES
         if compares and totals[0] == 0:
-            self._misses += 1
-            if self._misses >= _MISSES_ALLOWED:
-                raise ControlError(
-                    f"{self._misses} trials in a row measured nothing: {trial.obstacle}. Call controller.step() once "
-                    "after each optimizer step, train eagerly and in training mode, with the batch as the first axis; "
-                    "to compile, give handle.replace_strategies the controller.keeps of an eager run"
-                )
+            self._miss(
+                "Call controller.step() once after each optimizer step, train eagerly and in training mode, with the "
+                "batch as the first axis; to compile, give handle.replace_strategies the controller.keeps of an eager "
+                "run"
+            )
             return
         if compares:
             self._followers = shared.followers
         curves, layers = self._without_followers(curves), self._without_followers(layers)
         if not curves:
+            return
+        noise, variance = torch.stack(list(layers.values())).sum(0).tolist() if layers else (0.0, 0.0)
+        if compares and variance > 0 and noise == 0:
+            self.obstacle = f"the rows drawn at {', '.join(layers)} are in the gradient of no weight there"
+            self._miss("Leave frozen layers above trained ones exact, by rules that do not match them")
             return
         if compares:
             self._misses = 0
@@ -318,12 +346,17 @@ class Controller:
         if compares:
             self.history.append(ControlRecord(self._step, self.target, used, self.calibration, self.keep))
 
+    def _miss(self, advice: str) -> None:
+        self._misses += 1
+        if self._misses >= _MISSES_ALLOWED:
+            raise ControlError(f"{self._misses} trials in a row measured nothing: {self.obstacle}. {advice}")
+
     def _without_followers(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         return {layer: value for layer, value in found.items() if layer not in self._followers}
 
     def _add_layers(self, layers: dict[str, Tensor], compares: bool, passes: float) -> None:
         """Add the layers' own noise, summed over passes; where no example kept all rows, gradients had noise too."""
-        total = self.calibration * sum(float(pair[0]) for pair in layers.values()) / max(passes, 1.0)
+        total = self._calibrate("plain_gain") * sum(float(pair[0]) for pair in layers.values()) / max(passes, 1.0)
         scale = 1.0 if compares else 1 / (1 - min(total, 0.8))
         kept = 1 - 1 / _LAYER_LOOKS
         for layer, pair in layers.items():
@@ -345,7 +378,7 @@ class Controller:
 
     def _per_prediction(self) -> float:
         """Return ω over what the draws predict: calibrated, less what fixed sizes spare, per mini-batch variance."""
-        exact, mean, shared, predicted = self._totals[3:].tolist()
+        exact, mean, shared, predicted = self._totals[3:7].tolist()
         if not (exact > 0 and predicted > 0):
             return self.calibration
         signal = min(max(mean / exact, 0.0), 0.9)

@@ -45,6 +45,10 @@ class Claim:
             )
         _warn_of_batch_norm(handle.model)
 
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        """Return what is to be steered, by name."""
+        return [(name, module) for name, module in self._handle._converted() if name in self.strategies]
+
     def take(self) -> None:
         """Take over: layers that only another controller steered are as converted, and that controller is refused."""
         take_over(self._handle, self.strategies, self)

@@ -13,8 +13,9 @@ from cheapgrad.planning.controller_gradients import Factors, at_least_single
 from cheapgrad.sketch.budget import count_kept
 from cheapgrad.sketch.water_filling import minimum_variance, water_filling
 
-#: Names of the numbers that passes add up, in the order of `AbstractPass.totals`; all but the first are of halves.
-TOTALS = ("passes", "gain", "predicted_gain", "exact", "mean", "shared", "predicted_noise")
+#: Names of the numbers that passes add up, in the order of `AbstractPass.totals`; all but the first are of halves. The
+#: gain is in units in which noise is counted, the last one as gradients are, and what is predicted between the two.
+TOTALS = ("passes", "gain", "predicted_gain", "exact", "mean", "shared", "predicted_noise", "plain_gain")
 # Pairs of examples whose gradients are measured in a pass.
 _MOST_PAIRS = 32
 # Of the rows that are not zero, so many more than are drawn may be left without a draw being more than those above it:
@@ -34,16 +35,22 @@ class Drawn:
         weight_K: 1 / p of the kept rows.
         rows: how many rows an example has.
         is_once: no row is there twice.
+        factor: of the weight's gradient, in units in which noise is counted.
     """
 
     index_K: Tensor
     weight_K: Tensor
     rows: int
     is_once: bool
+    factor: float = 1.0
 
 
 class AbstractPass(abc.ABC):
     """One backward pass.
+
+    Squared sizes of gradients, and noise in them, are counted twice, on a first axis: as they are, and in the units
+    that `Drawn.factor` is for. What a draw adds meets its own layer's weight and those below, whose units may differ:
+    where noise is predicted from draws it is the mean of both.
 
     Attributes:
         examples: B, how many examples the batch has.
@@ -56,17 +63,17 @@ class AbstractPass(abc.ABC):
         self._generator = generator
         self.curves: dict[str, Tensor] = {}
         self.followers: set[str] = set()
-        self._noise_and_variance: dict[str, Tensor] = {}
+        self._noise_and_variance: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
     @abc.abstractmethod
-    def _size(self) -> Tensor:
+    def _sizes_in_units(self) -> Tensor:
         """Return the squared gradients that noise is relative to."""
 
     def layers(self) -> dict[str, Tensor]:
         """Return each layer's local noise relative to the squared gradients, and its draw's relative variance."""
-        size = self._size.clamp_min(_TINY)
-        return {layer: torch.stack([pair[0] / size, pair[1]]).cpu() for layer, pair in self._noise_and_variance.items()}
+        pairs = self._noise_and_variance.items()
+        return {layer: torch.stack([self._relate(noise), variance]).cpu() for layer, (noise, variance) in pairs}
 
     def totals(self) -> Tensor:
         """Return the pass's share of `TOTALS`."""
@@ -77,9 +84,14 @@ class AbstractPass(abc.ABC):
     def _see_scores(self, layer: str, scores: Tensor) -> None:
         self.curves[layer] = self.curves.get(layer, 0) + draw_curve(scores)
 
-    def _note(self, layer: str, noise: Tensor, variance: Tensor) -> None:
-        pair = torch.stack([noise, variance])
-        self._noise_and_variance[layer] = self._noise_and_variance.get(layer, 0) + pair
+    def _relate(self, noise: Tensor) -> Tensor:
+        return (noise / self._sizes_in_units.clamp_min(_TINY)).mean()
+
+    def _note(self, layer: str, *, noise: Tensor | float = 0.0, variance: Tensor | float = 0.0) -> None:
+        noise_before, variance_before = self._noise_and_variance.get(
+            layer, (torch.zeros_like(self._sizes_in_units), 0.0)
+        )
+        self._noise_and_variance[layer] = noise_before + noise, variance_before + variance
 
 
 class AllPass(AbstractPass):
@@ -87,24 +99,23 @@ class AllPass(AbstractPass):
 
     def __init__(self, examples: int, generator: torch.Generator, device: torch.device) -> None:
         super().__init__(examples, generator)
-        self._squares = torch.zeros(examples, dtype=torch.float64, device=device)
+        self._size = torch.zeros(2, dtype=torch.float64, device=device)
 
     @property
-    def _size(self) -> Tensor:
-        return self._squares.sum()
+    def _sizes_in_units(self) -> Tensor:
+        return self._size
 
     def see_draw(self, layer: str, scores: Tensor, count: int) -> None:
         """Take in the scores of a draw of `count` rows."""
         self._see_scores(layer, scores)
-        variance = minimum_variance(scores, count) / scores.square().sum().clamp_min(_TINY)
-        self._note(layer, torch.zeros_like(variance), variance)
+        self._note(layer, variance=minimum_variance(scores, count) / scores.square().sum().clamp_min(_TINY))
 
-    def see_product(self, layer: str, factors: Factors, weight_K: Tensor) -> None:
-        """Take in the factors of a weight's gradient on the drawn rows."""
+    def see_product(self, layer: str, factors: Factors, weight_K: Tensor, factor: float) -> None:
+        """Take in the factors of a weight's gradient on the drawn rows, and the unit in which noise is counted."""
         # Horvitz and Thompson's estimate of Σ (1/p - 1) ‖g‖² ‖x‖²: the rows have the weight 1/p in them already.
         noise = ((1 - 1 / weight_K) * factors.row_squares()).sum()
-        self._note(layer, noise, torch.zeros_like(noise))
-        self._squares += factors.example_squares(self._generator)
+        self._note(layer, noise=_in_units(noise, factor))
+        self._size = self._size + _in_units(factors.example_squares(self._generator).sum(), factor)
 
 
 class HalvesPass(AbstractPass):
@@ -129,17 +140,17 @@ class HalvesPass(AbstractPass):
         self._place[self._measured] = torch.arange(len(self._measured), device=ordered.device)
         self._sizes = sizes_B[self._measured].view(2, -1)
         self._shares: Tensor | None = None
-        self._squares = torch.zeros_like(self._sizes)
+        self._squares = self._sizes.new_zeros(2, *self._sizes.shape)
         # Of the sampled half at the trial's budgets, from what was drawn; of the exact half at the usual ones.
-        self._drawn_noise = torch.zeros_like(self._sizes[0])
-        self._usual_noise = self._sizes.new_zeros(())
+        self._drawn_noiseP = torch.zeros_like(self._squares[:, 0])
+        self._usual_noise = self._sizes.new_zeros(2)
         self._drawn: tuple[str, Tensor] | None = None
         self._mean = sizes_B.new_zeros(())
         self._shared = sizes_B.new_zeros(())
 
     @property
-    def _size(self) -> Tensor:
-        return self._squares[0].sum()
+    def _sizes_in_units(self) -> Tensor:
+        return self._squares[:, 0].sum(1)
 
     def round_count(self, expected: float) -> int:
         """Return one of the two whole numbers next to `expected`, right on average."""
@@ -170,7 +181,7 @@ class HalvesPass(AbstractPass):
         chances_BN = water_filling(scores, count_kept(usual, scores.numel())).view_as(scores_BN)
         squares_BN = scores_BN.square()
         variance = (_gains(chances_BN) * squares_BN).sum() / squares_BN.sum().clamp_min(_TINY)
-        self._note(layer, torch.zeros_like(variance), variance)
+        self._note(layer, variance=variance)
         self._drawn = layer, chances_BN
         if self._shares is None:
             self._shares = self._weigh_pairs(water_filling(scores, count_kept(shares[0], scores.numel())), squares_BN)
@@ -195,56 +206,61 @@ class HalvesPass(AbstractPass):
         grad_KO, stored_KI = at_least_single(grad_KO[chosen]), at_least_single(stored_KI[chosen])
         factors = Factors(grad_KO, stored_KI, place_K, row_K, len(self._measured), rows, drawn.is_once)
         squares = factors.example_squares(self._generator)
-        self._squares += squares.view(2, -1)
-        count = len(self._measured)
-        self._mean += (factors.square_of_sum(self._generator) - squares.sum()) / (count * (count - 1))
+        unit, count = drawn.factor**2, len(self._measured)
+        self._squares += _in_units(squares.view(2, -1), drawn.factor)
+        self._mean += unit * (factors.square_of_sum(self._generator) - squares.sum()) / (count * (count - 1))
         half = count // 2
         row_squares_K, is_exact_K = factors.row_squares(), place_K < half
         drawn_K = torch.where(is_exact_K, 0.0, (1 - 1 / drawn.weight_K[chosen]) * row_squares_K)
-        self._drawn_noise.index_add_(0, place_K % half, drawn_K)
+        self._drawn_noiseP.index_add_(1, place_K % half, _in_units(drawn_K, drawn.factor))
         if self._drawn is None:
             return
         layer, chances_BN = self._drawn
         chances_K = chances_BN[example_K, row_K]
-        noise = (_gains(chances_K) * is_exact_K * row_squares_K).sum()
+        noise = _in_units((_gains(chances_K) * is_exact_K * row_squares_K).sum(), drawn.factor)
         self._usual_noise += noise
-        self._note(layer, noise, torch.zeros_like(noise))
-        self._see_shared(factors, torch.where(is_exact_K, 1 - chances_K, 0.0), chances_BN, half)
+        self._note(layer, noise=noise)
+        self._shared += unit * self._see_shared(factors, torch.where(is_exact_K, 1 - chances_K, 0.0), chances_BN, half)
 
-    def _see_shared(self, factors: Factors, missed_K: Tensor, chances_BN: Tensor, half: int) -> None:
-        """Add by how much the fixed size of a draw lowers the noise of the batch's sum, per example.
+    def _see_shared(self, factors: Factors, missed_K: Tensor, chances_BN: Tensor, half: int) -> Tensor | float:
+        """Return by how much the fixed size of a draw lowers the noise of the batch's sum, per example.
 
         ``Σ_nm cov(n, m) <a_n, a_m> / (p_n p_m) ≈ -‖Σ (1 - p_n) a_n‖² / Σ p_n (1 - p_n)`` off the diagonal; within an
         example it is in the gain already, between examples it is seen on pairs of the exact half.
         """
         dispersion = (chances_BN * (1 - chances_BN)).sum()
         if half < 2 or not bool(dispersion > 1e-6):
-            return
+            return 0.0
         between = factors.square_of_sum(self._generator, missed_K)
         between = between - factors.example_squares(self._generator, missed_K).sum()
-        self._shared += between * (self.examples - 1) / (half * (half - 1)) / dispersion
+        return between * (self.examples - 1) / (half * (half - 1)) / dispersion
 
     def totals(self) -> Tensor:
         """Return the pass's share of `TOTALS`."""
-        total = self._squares[0].sum().clamp_min(_TINY)
         sizes = torch.where(self._sizes.amin(0) > 0, self._sizes.mean(0), 0.0)
         weight = sizes if self._shares is None else sizes * self._shares
         relative = self._squares / self._sizes.clamp_min(_TINY)
-        gain = (weight * (relative[1] - relative[0])).sum()
-        predicted = (weight * self._drawn_noise / self._sizes[1].clamp_min(_TINY)).sum()
-        exact = (total / self._squares.shape[1]).clamp_min(_TINY)
-        one = torch.ones_like(gain)
+        gain = (weight * (relative[:, 1] - relative[:, 0])).sum(1) / self._sizes_in_units.clamp_min(_TINY)
+        predicted = (weight * self._drawn_noiseP / self._sizes[1].clamp_min(_TINY)).sum(1)
+        exact = (self._sizes_in_units[1] / self._sizes.shape[1]).clamp_min(_TINY)
+        one = torch.ones_like(exact)
         return torch.stack(
             [
                 one,
-                gain / total,
-                predicted / total,
+                gain[1],
+                self._relate(predicted),
                 one,
                 self._mean / exact,
                 self._shared / exact,
-                self._usual_noise / total,
+                self._relate(self._usual_noise),
+                gain[0],
             ]
         ).cpu()
+
+
+def _in_units(value: Tensor, factor: float) -> Tensor:
+    """Return a squared size as it is and in units of a factor, on a new first axis."""
+    return torch.stack([value, factor**2 * value])
 
 
 def _gains(chances: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from cheapgrad.errors import ControlError
 from cheapgrad.planning.controller_law import NoiseSchedule
 
 
-def describe_settings(noise: float | NoiseSchedule, every: int, least_keep: float, seed: int) -> dict[str, Any]:
+def describe_settings(
+    noise: float | NoiseSchedule, every: int, least_keep: float, seed: int, has_optimizer: bool
+) -> dict[str, Any]:
     """Return the arguments of a controller as plain data."""
     target = dataclasses.asdict(noise) if isinstance(noise, NoiseSchedule) else noise
-    return {"noise": target, "every": every, "least_keep": least_keep, "seed": seed}
+    return {"noise": target, "every": every, "least_keep": least_keep, "seed": seed, "has_optimizer": has_optimizer}
 
 
 def check_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:

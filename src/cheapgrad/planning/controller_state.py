@@ -56,6 +56,7 @@ class ControlState:
     curves: dict[str, Tensor]
     layers: dict[str, Tensor]
     followers: frozenset[str]
+    factors: dict[str, float]
     history: list[ControlRecord]
 
 
@@ -85,7 +86,7 @@ def read_state(state: Any, settings: Mapping[str, Any], keeps: Mapping[str, floa
     check_keeps(state["keeps"], keeps)
     for name, (is_allowed, allowed) in _ALLOWED.items():
         _check(state, name, is_allowed, allowed)
-    for name in ("rows", "curves", "layers", "followers"):
+    for name in ("rows", "curves", "layers", "followers", "factors"):
         _check(state, name, lambda value: set(value) <= keeps.keys(), f"of the layers {reprlib.repr(list(keeps))} only")
     _check(state, "layers", lambda value: value.keys() >= state["curves"].keys(), "of all layers that have a curve")
     return ControlState(
@@ -95,6 +96,7 @@ def read_state(state: Any, settings: Mapping[str, Any], keeps: Mapping[str, floa
         curves={layer: curve.clone().cpu() for layer, curve in state["curves"].items()},
         layers={layer: pair.clone().cpu() for layer, pair in state["layers"].items()},
         followers=frozenset(state["followers"]),
+        factors=dict(state["factors"]),
         history=[ControlRecord(**record) for record in state["history"]],
     )
 
@@ -131,7 +133,7 @@ def _is_mapping(value: Any, is_allowed: Callable[[Any], bool]) -> bool:
 
 
 def _is_settings(value: Any) -> bool:
-    return _is_mapping(value, lambda each: _is_number(each) or _is_mapping(each, _is_number))
+    return _is_mapping(value, lambda each: isinstance(each, bool) or _is_number(each) or _is_mapping(each, _is_number))
 
 
 def _is_tensor(value: Any, *shape: int) -> bool:
@@ -173,6 +175,10 @@ _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "followers": (
         lambda value: isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value),
         "a list of layers",
+    ),
+    "factors": (
+        lambda value: _is_mapping(value, lambda factor: _is_number(factor) and factor >= 0),
+        "a number of at least 0 by layer",
     ),
     "history": (
         lambda value: isinstance(value, (list, tuple)) and all(_is_record(record) for record in value),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class Trial:
         count_examples: returns B, the number of examples in the batch of the running pass, or None if unknown.
         look: what is measured.
         layers: whose draws are looked at; None for all.
+        factors: of the weights' gradients by layer, in units in which noise is counted; 1 for the others.
 
     Attributes:
         totals: `TOTALS`, summed over the passes whose layers were looked at.
@@ -54,9 +55,11 @@ class Trial:
         count_examples: Callable[[], int | None],
         look: Look = Look.HALVES,
         layers: frozenset[str] | None = None,
+        factors: Mapping[str, float] | None = None,
     ) -> None:
         self.look = look
         self._layers = layers
+        self._factors = factors or {}
         self._generator = torch.Generator().manual_seed(seed)
         self._count_examples = count_examples
         self._pass: HalvesPass | AllPass | None = None
@@ -83,10 +86,11 @@ class Trial:
                 self._see_curve(layer, draw_curve(scores))
             else:
                 current = self._join_pass(scores)
+                drawing = _Drawing(layer, keep, self._factors.get(layer, 1.0))
                 if isinstance(current, HalvesPass):
-                    return _draw_half(current, layer, keep, base, scores.double(), count, generator)
+                    return _draw_half(current, drawing, base, scores.double(), count, generator)
                 if current is not None:
-                    return _draw_all(current, layer, base, scores, count, generator)
+                    return _draw_all(current, drawing, base, scores, count, generator)
         return base.draw(scores, count, generator)
 
     def _see_curve(self, layer: str, curve: Tensor) -> None:
@@ -141,10 +145,18 @@ class Trial:
             self.layers[layer] = self.layers.get(layer, 0) + pair
 
 
+@dataclass(frozen=True)
+class _Drawing:
+    """Whose rows are drawn, the layer's keep fraction outside of trials, and the factor of its weight's gradient."""
+
+    layer: str
+    keep: float
+    factor: float
+
+
 def _draw_half(
     current: HalvesPass,
-    layer: str,
-    keep: float,
+    drawing: _Drawing,
     base: AbstractDesign,
     scores: Tensor,
     count: int,
@@ -157,19 +169,19 @@ def _draw_half(
     # As many as are expected of the others where all examples are drawn from alike.
     expected = float(water_filling(scores, count)[others].sum())
     drawn = base.draw(scores[others], current.round_count(expected), generator)
-    current.see_draw(layer, scores.view(-1, rows), (count / size, keep), len(drawn.index_K))
+    current.see_draw(drawing.layer, scores.view(-1, rows), (count / size, drawing.keep), len(drawn.index_K))
     index_K = torch.cat([exact_K, others[drawn.index_K]])
     weight_K = torch.cat([drawn.weight_K.new_ones(len(exact_K)), drawn.weight_K])
 
     def watch(grad_KO: Tensor, stored_KI: Tensor) -> None:
-        current.see_product(Drawn(index_K, weight_K, rows, not drawn.may_repeat), grad_KO, stored_KI)
+        current.see_product(Drawn(index_K, weight_K, rows, not drawn.may_repeat, drawing.factor), grad_KO, stored_KI)
 
     return Selection(index_K, weight_K, size, drawn.may_repeat, watch)
 
 
 def _draw_all(
     current: AllPass,
-    layer: str,
+    drawing: _Drawing,
     base: AbstractDesign,
     scores: Tensor,
     count: int,
@@ -178,13 +190,13 @@ def _draw_all(
     size = scores.shape[0]
     rows = size // current.examples
     drawn = base.draw(scores, count, generator)
-    current.see_draw(layer, scores.double(), count)
+    current.see_draw(drawing.layer, scores.double(), count)
 
     def watch(grad_KO: Tensor, stored_KI: Tensor) -> None:
         place_K, row_K = drawn.index_K // rows, drawn.index_K % rows
         grad_KO, stored_KI = at_least_single(grad_KO), at_least_single(stored_KI)
         factors = Factors(grad_KO, stored_KI, place_K, row_K, current.examples, rows, not drawn.may_repeat)
-        current.see_product(layer, factors, drawn.weight_K)
+        current.see_product(drawing.layer, factors, drawn.weight_K, drawing.factor)
 
     return Selection(drawn.index_K, drawn.weight_K, size, drawn.may_repeat, watch)
 

@@ -75,7 +75,7 @@ class Method:
         rules: what `cheapgrad.approximate` is given.
         make_rules: makes rules that depend on the model, such as ranks.
         planned_flops: budget of the backward pass for `cheapgrad.plan`, as a share.
-        plans_in_steps: whether the plan's noise is in units of the optimizer's steps.
+        counts_in_steps: whether the noise of plan or controller is in units of the optimizer's steps.
         controlled_noise: target of `cheapgrad.Controller`, at the first step and at the last.
         exact_between: shares of the training between which gradients are exact.
         checkpoints: whether every block is checkpointed.
@@ -94,7 +94,7 @@ class Method:
     rules: tuple[cheapgrad.Rule, ...] = ()
     make_rules: Callable[[nn.Module], tuple[cheapgrad.Rule, ...]] | None = field(default=None, compare=False)
     planned_flops: float | None = None
-    plans_in_steps: bool = False
+    counts_in_steps: bool = False
     controlled_noise: tuple[float, float] | None = None
     exact_between: tuple[float, float] | None = None
     checkpoints: bool = False
@@ -119,13 +119,14 @@ class Method:
         """What it does in a step that is not exact: methods that share it have steps of equal cost."""
         if self.controlled_noise is not None:
             first, last = self.controlled_noise
-            return f"{' '.join(map(repr, self.rules))} controlled {first:g}" + f" to {last:g}" * (first != last)
+            words = f"{' '.join(map(repr, self.rules))} controlled {first:g}" + f" to {last:g}" * (first != last)
+            return words + f", {IN_STEPS}" * self.counts_in_steps
         if self.rules:
             return " ".join(map(repr, self.rules)) + " on small layers too" * self.converts_small
         if self.make_rules is not None:
             return self.label
         if self.planned_flops is not None:
-            return f"plan(flops={self.planned_flops})" + f", {IN_STEPS}" * self.plans_in_steps
+            return f"plan(flops={self.planned_flops})" + f", {IN_STEPS}" * self.counts_in_steps
         if self.checkpoints:
             return "checkpoint each block"
         return "exact" if self.memory_budget is None else f"compiled, budget {self.memory_budget}"
@@ -325,7 +326,9 @@ def _budgeted() -> list[Method]:
         for share in PLANNED_FLOPS
     ]
     in_steps = [
-        Method(f"plan(flops={share}), {IN_STEPS}", f"plan {share}, optimizer", planned_flops=share, plans_in_steps=True)
+        Method(
+            f"plan(flops={share}), {IN_STEPS}", f"plan {share}, optimizer", planned_flops=share, counts_in_steps=True
+        )
         for share in PLANNED_FLOPS_IN_STEPS
     ]
     constant, moving = (CONTROLLED_NOISE, CONTROLLED_NOISE), SCHEDULED_NOISE
@@ -336,6 +339,13 @@ def _budgeted() -> list[Method]:
             recipes.speed(0.5),
             controlled_noise=constant,
             is_quick=True,
+        ),
+        Method(
+            f"Controller(noise={CONTROLLED_NOISE}), {IN_STEPS}",
+            "controller, optimizer",
+            recipes.speed(0.5),
+            controlled_noise=constant,
+            counts_in_steps=True,
         ),
         Method(
             "Controller(noise={:g} to {:g})".format(*moving), "controller", recipes.speed(0.3), controlled_noise=moving

@@ -107,12 +107,13 @@ def prepare(
         method: the method.
         model: in training mode.
         batches: for methods that plan, at least 2.
-        optimizer: for those that plan in units of its steps; has taken some.
+        optimizer: for those that count noise in units of its steps; where they plan, it has taken some.
 
     Raises:
         CheapgradError: if the method does not fit the model.
     """
     prepared = Prepared(task, method, model)
+    unit = optimizer if method.counts_in_steps else None
     if method.planned_flops is not None:
         found = cheapgrad.plan(
             model,
@@ -120,7 +121,7 @@ def prepare(
             batches,
             flops=method.planned_flops,
             skip_small=task.skip_small,
-            optimizer=optimizer if method.plans_in_steps else None,
+            optimizer=unit,
         )
         prepared.handle = cheapgrad.approximate(model, found)
         prepared.remark = f"planned noise {found.predicted.noise_fraction:.3g}"
@@ -129,7 +130,7 @@ def prepare(
         prepared.handle = cheapgrad.approximate(model, rules, skip_small=task.skip_small and not method.converts_small)
     if method.controlled_noise is not None and prepared.handle is not None:
         schedule = NoiseSchedule(*method.controlled_noise, steps=max(1, task.steps))
-        prepared.controller = cheapgrad.Controller(prepared.handle, noise=schedule)
+        prepared.controller = cheapgrad.Controller(prepared.handle, noise=schedule, optimizer=unit)
     if method.checkpoints:
         model.blocks = nn.Sequential(*[Checkpointed(block) for block in model.blocks])  # type: ignore[union-attr]
     if method.memory_budget is not None:

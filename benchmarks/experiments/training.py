@@ -62,9 +62,9 @@ def train(task: Task, method: Method, run: TrainingRun) -> dict[str, Any]:
     planned_at = round(PLANNED_AFTER * run.steps) if method.planned_flops is not None else 0
     batches = draw_batches(task, run.batch_size, run.seed)
     planning = list(itertools.islice(draw_batches(task, run.batch_size, run.seed + 1), _PLANNING_BATCHES))
-    prepared = prepare(task, EXACT if planned_at else method, model, planning)
-    state = _Progress(task, run, prepared)
     optimizer = make_optimizer(model, run.learning_rate)
+    prepared = prepare(task, EXACT if planned_at else method, model, planning, optimizer)
+    state = _Progress(task, run, prepared)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, run.steps))
     torch.manual_seed(run.seed + _DRAW_SEED)
     for step in range(1, run.steps + 1):
@@ -123,9 +123,9 @@ class _Progress:
         start, cpu_start = time.perf_counter(), time.process_time()
         optimizer.zero_grad(set_to_none=True)
         loss = self.prepared.backward(batch, self.run.parts)
+        optimizer.step()
         if self.prepared.controller is not None:
             self.prepared.controller.step()
-        optimizer.step()
         self.seconds += time.perf_counter() - start
         self.cpu_seconds += time.process_time() - cpu_start
         self._losses.append(loss)

@@ -13,7 +13,7 @@ from benchmarks.experiments.matching import Size, match
 from benchmarks.experiments.methods import list_methods
 from benchmarks.experiments.pictures import draw_predictions
 from benchmarks.experiments.predictions import list_predictions, write_predictions
-from benchmarks.experiments.smaller_batches import BatchCurve, read_batch_curve
+from benchmarks.experiments.smaller_batches import read_batch_curve
 from tests.experiments.planted import UNIFORM, make_results, make_row
 
 HALF, QUARTER = (f"exact, {share} % of the batch" for share in (50, 25))
@@ -55,14 +55,6 @@ def make(*batches, omega, ratio, seeds=5):
 
 def find_method(results):
     return next(each for each in list_predictions(results) if each.row.label == UNIFORM)
-
-
-@pytest.mark.parametrize("power", [0.3, 0.5, 1.0])
-@pytest.mark.parametrize("omega", [0.3, 1.0, 1.6, 7.0])
-def test_a_power_law_of_batches_is_read_exactly(power, omega):
-    curve = BatchCurve(((1.0, 1.0), (2.0, 2.0**power), (4.0, 4.0**power)))
-    assert curve.read(omega) == pytest.approx((1 + omega) ** power)
-    assert curve.read(0.0) == 1
 
 
 def test_prediction_is_that_of_the_batch_with_as_much_noise():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cheapgrad.errors import TheoryError
+from cheapgrad.planning.batch_curve import BatchCurve
 from cheapgrad.planning.local_quadratic import LocalQuadratic
 
 
@@ -65,6 +67,7 @@ def tradeoff(
     noise_to_target: float = math.inf,
     problem: LocalQuadratic | None = None,
     target: float | None = None,
+    smaller_batches: Mapping[float, float] | None = None,
 ) -> Tradeoff:
     r"""Predict how many more steps a noisy gradient needs, and what they cost in total.
 
@@ -75,7 +78,8 @@ def tradeoff(
 
     from 1 where the target is far above the mini-batch's noise (ν → 0, early in training) to 1 + ω where it is far
     below (ν → ∞). Where the constants of the loss are known, ``problem`` and ``target`` give the ratio of the steps of
-    stochastic gradient descent, each with its own best constant step size.
+    stochastic gradient descent, each with its own best constant step size. Where exact trainings on smaller batches
+    were measured, it is read off them: half the batch has as much noise again, ``1 + ω = 2``.
 
     Args:
         cost: c, cost of a step as a fraction of an exact one, above 0.
@@ -84,6 +88,8 @@ def tradeoff(
             default noise decides.
         problem: the constants of a loss near its minimum; takes the place of the bound.
         target: with `problem`, the expected excess loss to reach.
+        smaller_batches: by share of the batch, in (0, 1), the measured ratio of steps of exact training on it, such as
+            ``{0.5: 1.4, 0.25: 1.8}``; takes the place of the bound. Give ω in units of the optimizer's steps then.
 
     Returns:
         Ratios of steps and of total cost, in both regimes and in the mix that was asked for.
@@ -91,17 +97,21 @@ def tradeoff(
     Law:
         Assumes: unbiased gradients with noise independent from step to step; plain gradient descent with a step size
         tuned for each; noise whose shape over the directions is that of the mini-batch's. Adam, momentum, a step size
-        that is not tuned again, or noise that is clipped change the ratio. Of the bound, only the ratio is used. A
+        that is not tuned again, or noise that is clipped change the ratio; smaller batches of the same training have
+        these in them, and only the shape of the noise is assumed. Of the bound, only the ratio is used. A
         smaller batch of share q has c = q and 1 + ω = 1/q: where noise decides it neither wins nor loses.
 
     Raises:
-        TheoryError: if a value is out of its range, or only one of `problem` and `target` is given.
+        TheoryError: if a value is out of its range, only one of `problem` and `target` is given, or two of
+            `noise_to_target`, `problem` and `smaller_batches`.
 
     >>> result = tradeoff(cost=0.75, noise=0.085)
     >>> round(result.steps_ratio, 3), round(result.cost_ratio, 3), result.beats_smaller_batch
     (1.085, 0.814, True)
     >>> round(tradeoff(cost=0.75, noise=0.085, noise_to_target=0.01).steps_ratio, 3)
     1.008
+    >>> round(tradeoff(cost=0.75, noise=1.0, smaller_batches={0.5: 1.4, 0.25: 1.8}).steps_ratio, 3)
+    1.4
 
     References:
         S. Ghadimi, G. Lan, "Stochastic first- and zeroth-order methods for nonconvex stochastic programming", SIAM J.
@@ -116,7 +126,17 @@ def tradeoff(
     if (problem is None) != (target is None):
         missing = "target" if target is None else "problem"
         raise TheoryError(f"problem and target go together, but {missing} is missing")
-    if problem is not None and target is not None:
+    given = {
+        "noise_to_target": noise_to_target != math.inf,
+        "problem": problem is not None,
+        "smaller_batches": smaller_batches is not None,
+    }
+    if sum(given.values()) > 1:
+        names = " and ".join(name for name, is_given in given.items() if is_given)
+        raise TheoryError(f"{names} are different ways to the ratio of steps; give one of them")
+    if smaller_batches is not None:
+        ratio, assumption = _ratio_of_batches(smaller_batches, noise)
+    elif problem is not None and target is not None:
         ratio, assumption = _ratio_of_problem(problem, target, noise)
     else:
         ratio, assumption = _ratio_of_bound(noise, noise_to_target)
@@ -129,6 +149,14 @@ def _ratio_of_bound(noise: float, noise_to_target: float) -> tuple[float, str]:
     more = noise_to_target * (1 + noise)
     root = (math.sqrt(more + 1) + math.sqrt(more)) / (math.sqrt(noise_to_target + 1) + math.sqrt(noise_to_target))
     return root**2, f"the bound for smooth losses, variance / target = {noise_to_target:g}"
+
+
+def _ratio_of_batches(smaller_batches: Mapping[float, float], noise: float) -> tuple[float, str]:
+    ratio, least = BatchCurve.from_shares(smaller_batches).read(noise), min(smaller_batches)
+    assumption = f"as many steps as a smaller batch of as much noise, measured down to {least:g} of the batch"
+    if noise > 1 / least - 1:
+        assumption += f"; {1 / (1 + noise):.2g} of it is beyond, on the slope of the last ones"
+    return ratio, assumption
 
 
 def _ratio_of_problem(problem: LocalQuadratic, target: float, noise: float) -> tuple[float, str]:

@@ -24,6 +24,8 @@ from benchmarks.experiments.trials import TUNING_SEEDS, Trials
 
 _ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
+# As a pattern that asks: budgets too that are trained on no task of their own accord.
+_WHATEVER = "?*"
 
 
 def main() -> int:
@@ -39,7 +41,12 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5, help="trainings of every method (default: 5)")
     parser.add_argument("--epochs", type=float, default=1.0, help="factor on the passes over the data (default: 1)")
     parser.add_argument("--tasks", default="*", help="only tasks whose name matches this pattern")
-    parser.add_argument("--methods", action="append", help="only methods whose label matches this pattern; repeatable")
+    parser.add_argument(
+        "--methods",
+        action="append",
+        help="only methods whose label matches this pattern; repeatable; further budgets of published methods are "
+        "trained on the small perceptron alone unless a pattern other than * asks for them",
+    )
     parser.add_argument("--shared-rate", action="store_true", help="leave out the pass with a rate for each method")
     parser.add_argument(
         "--measurements",
@@ -107,14 +114,16 @@ def _list(trials: Trials, store: Store, console: Console) -> None:
     missing, declared = find_missing(trials, store)
     console.print(f"{declared - len(missing)} of {declared} runs that are known to be wanted have a record")
     table = Table(Column("seeds that are done", no_wrap=True), *(task.name for task in trials.tasks))
-    wanted = trials.list_wanted()
     made = Counter(
         (trial.method.label, trial.task.name)
         for trial in trials.list_trials(store)
         if not trial.is_tuned and store.find(identify(trial.run)) is not None
     )
     for method in trials.methods:
-        counts = [str(made[method.label, task.name]) if method in wanted else "not asked for" for task in trials.tasks]
+        counts = [
+            str(made[method.label, task.name]) if method in trials.list_wanted(task) else "not asked for"
+            for task in trials.tasks
+        ]
         table.add_row(method.label, *counts)
     console.print(table)
     others = [name_run(run) for run in missing if not isinstance(run, TrainingRun) or run.seed in TUNING_SEEDS]
@@ -136,7 +145,7 @@ def _describe_command(settings: Settings) -> str:
 
 def _write_docs(settings: Settings, store: Store, console: Console) -> None:
     # Whatever there is belongs on the page, not only what this command would run.
-    everything = replace(settings, seeds=min(TUNING_SEEDS), methods=("*",), own_rates=True)
+    everything = replace(settings, seeds=min(TUNING_SEEDS), methods=(_WHATEVER,), own_rates=True)
     RESULTS.mkdir(exist_ok=True)
     # A damaged file is said before anything is written.
     read_results(RESULTS)

@@ -36,6 +36,8 @@ PLANNED_FLOPS_IN_STEPS = (0.6, 0.4)
 # Planning sees the model after this share of the steps, which are exact.
 PLANNED_AFTER = 0.1
 IN_STEPS = "in units of AdamW's steps"
+# Published and biased methods are trained at this one on every task; uniform rows at all, as the recipe's rows are.
+MAIN_KEEP = 0.3
 CONTROLLED_NOISE = 0.05
 # A target that moves, from noise that costs little while the loss still falls fast to hardly any.
 SCHEDULED_NOISE = (0.4, 0.02)
@@ -86,6 +88,8 @@ class Method:
         budget: what is kept, as a share; None where that has no meaning.
         is_biased: whether its gradient is wrong on average.
         is_quick: whether the quick mode has it.
+        is_swept: whether it is a further budget of a published or a biased method, trained where that is cheap: see
+            `Task.sweeps`.
         is_tuned: whether the quick mode chooses a learning rate of its own for it (the full mode does so for all).
     """
 
@@ -105,6 +109,7 @@ class Method:
     budget: float | None = None
     is_biased: bool = False
     is_quick: bool = False
+    is_swept: bool = False
     is_tuned: bool = False
 
     @property
@@ -163,12 +168,17 @@ def list_methods() -> tuple[Method, ...]:
         EXACT,
         *_recipes(),
         *_strategies(),
-        *_published(),
+        *map(_sweep, _published()),
         *_budgeted(),
         *_remedies(),
         *_fair_baselines(),
-        *_biased(),
+        *map(_sweep, _biased()),
     )
+
+
+def _sweep(method: Method) -> Method:
+    is_further = method.budget not in (None, MAIN_KEEP) and method.family != "uniform rows"
+    return dataclasses.replace(method, is_swept=is_further)
 
 
 def list_published() -> list[tuple[str, str]]:
@@ -228,7 +238,7 @@ def _published() -> list[Method]:
                 rows_uniform,
                 budget=keep,
                 published="uniform masks (arXiv:2602.14701), on our axis: rows; fixed size",
-                is_quick=keep == 0.3,
+                is_quick=keep == MAIN_KEEP,
             ),
             Method(
                 f"uniform masks, columns {keep}",

@@ -14,7 +14,7 @@ from benchmarks.experiments.methods import EXACT, RULER_BY, SMALLER_BY, Method
 from benchmarks.experiments.runner import Finds
 from benchmarks.experiments.store import Lines, Record
 from benchmarks.experiments.tasks import Task
-from benchmarks.experiments.trials import Trials, list_trainings
+from benchmarks.experiments.trials import Trials, is_declared, list_trainings
 from cheapgrad.files import write_whole
 
 _KIND = "cheapgrad.experiment.task"
@@ -49,6 +49,7 @@ class Row:
         ladder: pairs of batch size and time of an exact step, divided by that on the usual batch, as measured beside
             the method that this one is made equal to; empty for methods of their own.
         runs: record of each seed.
+        is_declared: whether it belongs to the task; other rows are there because somebody asked for them.
     """
 
     label: str
@@ -66,6 +67,7 @@ class Row:
     costs: dict[str, Any] | None
     ladder: tuple[tuple[int, float], ...]
     runs: dict[int, Record]
+    is_declared: bool = True
 
     def collect(self, name: str) -> dict[int, float]:
         """Return a figure of the result for each seed that has it."""
@@ -289,6 +291,7 @@ def _describe_row(
         "is_adaptive": method.is_adaptive,
         "exact_share": method.exact_share,
         "unavailable": (costs or {}).get("error", ""),
+        "is_declared": is_declared(task, method),
         "words": trials.find_other(method).step_words,
         "costs": measured[-1]["id"] if measured else None,
         "runs": runs,

@@ -175,11 +175,12 @@ def _write_missing(results: TaskResults) -> str:
         parts.append(f"Recorded, and in no row any more: {'; '.join(results.left_out)}.")
     own = [row for row in results.rows if not row.is_tuned]
     unavailable = [f"{row.label} ({row.unavailable})" for row in own if row.unavailable]
-    missing = sum(not row.runs and not row.unavailable for row in own)
+    declared = [row for row in own if row.is_declared]
+    missing = sum(not row.runs and not row.unavailable for row in declared)
     if missing:
         parts.append(
-            f"{missing} of {len(own)} methods have not been trained on this task; `{results.command}` trains them, and "
-            f"the same with `--list` names them."
+            f"{missing} of {len(declared)} methods have not been trained on this task; `{results.command}` trains "
+            f"them, and the same with `--list` names them."
         )
     if unavailable:
         parts.append(f"Not available here: {'; '.join(unavailable)}.")

@@ -103,7 +103,7 @@ class Trials:
     def list_cost_runs(self, task: Task, measurement: int = 0) -> list[CostRun]:
         """Return one run for each family of methods, so that a new family leaves the others' records valid."""
         families: dict[str, dict[str, None]] = {}
-        wanted = self.list_wanted()
+        wanted = self.list_wanted(task)
         others = {method.match.label for method in wanted if method.match is not None}
         chosen = {method.family for method in self.methods if method in wanted or method.label in others}
         for method in self.methods:
@@ -130,7 +130,7 @@ class Trials:
             shared = self.choose_rate(task, EXACT, records)
             if shared is None:
                 continue
-            for method in self.list_wanted():
+            for method in self.list_wanted(task):
                 size = self.find_size(task, method, records)
                 if size is None:
                     continue
@@ -145,7 +145,7 @@ class Trials:
     def list_noise_runs(self, task: Task, records: Finds) -> list[NoiseRun]:
         """Return the runs that weigh noise; none where they are not wanted, or the rate of exact training unknown."""
         rate = self.choose_rate(task, EXACT, records)
-        if rate is None or not self._is_wanted(WEIGHED):
+        if rate is None or not self._is_wanted(WEIGHED, self.wanted):
             return []
         return [
             NoiseRun(
@@ -166,16 +166,24 @@ class Trials:
             if any(each.label in labels for each in self.methods)
         ]
 
-    def list_wanted(self) -> list[Method]:
-        """Return the methods that are trained: the exact one, and those that match a pattern."""
-        return [method for method in self.methods if method is EXACT or self._is_wanted(method.label)]
+    def list_wanted(self, task: Task) -> list[Method]:
+        """Return the methods that are trained on a task: the exact one, and those that match a pattern.
+
+        Further budgets that belong to no task of their own accord are left out, unless a pattern asks for them.
+        """
+        return [
+            method
+            for method in self.methods
+            if method is EXACT
+            or self._is_wanted(method.label, self.wanted if is_declared(task, method) else set(self.wanted) - {"*"})
+        ]
 
     def has_match(self, pattern: str) -> bool:
         """Tell whether a pattern matches the label of a method, or of the run that weighs noise."""
         return any(fnmatch.fnmatchcase(label, pattern) for label in (WEIGHED, *(each.label for each in self.methods)))
 
-    def _is_wanted(self, label: str) -> bool:
-        return any(fnmatch.fnmatchcase(label, pattern) for pattern in self.wanted)
+    def _is_wanted(self, label: str, patterns: Iterable[str]) -> bool:
+        return any(fnmatch.fnmatchcase(label, pattern) for pattern in patterns)
 
     def find_costs(self, task: Task, method: Method, records: Finds) -> dict[str, Any] | None:
         """Return what was measured last of a step of a method on the usual batch, or None where that is not known."""
@@ -269,7 +277,7 @@ class Trials:
 
     def list_preparation(self, task: Task, records: Finds) -> list[Record]:
         """Return the records of what comes before the trainings: all measurements of costs, and the choice of rates."""
-        runs = [run for method in self.list_wanted() for run in self._declare_rates(task, method, records)]
+        runs = [run for method in self.list_wanted(task) for run in self._declare_rates(task, method, records)]
         found = [record for run in runs if (record := records.find(identify(run))) is not None]
         own = [method for method in self.methods if method.match is None]
         return [*found, *(record for method in own for record in self.find_measurements(task, method, records))]
@@ -286,7 +294,7 @@ class Trials:
 
     def _declare_tuning(self, task: Task, records: Finds) -> Iterator[TrainingRun]:
         yield from self._declare_rates(task, EXACT, records)
-        for method in self.list_wanted():
+        for method in self.list_wanted(task):
             if self._has_own_rate(method):
                 yield from self._declare_rates(task, method, records)
 
@@ -336,6 +344,11 @@ class Trials:
     def _find_methods(self, words: Sequence[str]) -> list[Method]:
         by_words = {name: method for method in reversed(self.methods) for name in (method.step_words, method.words)}
         return [by_words[each] for each in words]
+
+
+def is_declared(task: Task, method: Method) -> bool:
+    """Tell whether a method belongs to a task without being asked for by a pattern of its own."""
+    return task.sweeps or not method.is_swept
 
 
 def list_trainings(task: Task, records: Iterable[Record]) -> Iterator[dict[str, Any]]:

@@ -137,8 +137,10 @@ def test_page_says_how_much_was_not_run_and_who_makes_it(results):
     assert "old" not in page
     assert page.startswith("# A\n")
     assert page.endswith("\nB")
-    own = [row for row in results.rows if not row.is_tuned]
+    own = [row for row in results.rows if not row.is_tuned and row.is_declared]
     missing = [row for row in own if not row.runs]
+    # Further budgets of published methods belong to a task whose trainings are cheaper.
+    assert len(own) < len({row.label for row in results.rows})
     assert f"{len(missing)} of {len(own)} methods have not been trained" in page
     assert "`the command` trains them" in page
     assert fill_page(page, [results]) == page

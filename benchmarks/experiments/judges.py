@@ -316,8 +316,11 @@ def judge_weighed_theory(results: TaskResults) -> Finding | None:
 
 
 def judge_batches_theory(results: TaskResults) -> Finding | None:
-    """Judge the number of steps of smaller batches of the task that have as much noise in those units."""
-    return _judge_predictions(results, lambda each: each.predicted_batches)
+    """Judge the number of steps of smaller batches of the task that have as much noise in those units.
+
+    What smaller batches say of other smaller batches is no test of that.
+    """
+    return _judge_predictions(results, lambda each: None if each.row.match_label else each.predicted_batches)
 
 
 def _judge_predictions(results: TaskResults, predict: Callable[[Prediction], float | None]) -> Finding | None:

@@ -31,6 +31,7 @@ class Prediction:
         predicted_adamw: ratio of steps by `omega_adamw`.
         predicted_batches: ratio of steps of smaller batches of the task that have as much noise, by `omega_adamw`; None
             where none were trained, and for those that it is read off.
+        is_beyond: whether it lies beyond the smallest batch whose steps are measured, at one point at least.
         measured: steps of the method ÷ those of the exact training that ends as well.
     """
 
@@ -40,6 +41,7 @@ class Prediction:
     predicted: float
     predicted_adamw: float
     predicted_batches: float | None
+    is_beyond: bool
     measured: Equivalent
 
 
@@ -61,7 +63,8 @@ def list_predictions(results: TaskResults) -> list[Prediction]:
         omega, omega_adamw = zip(*(noise for noise, _ in known), strict=True)
         ratios = (summarise(values)[0] for values in zip(*(each for _, each in known), strict=True))
         by_batches = None if row.run_ids in own else _read_mean(curve, omega_adamw)
-        found.append(Prediction(row, omega, omega_adamw, *ratios, by_batches, measured))
+        is_beyond = curve is not None and max(omega_adamw) > curve.most
+        found.append(Prediction(row, omega, omega_adamw, *ratios, by_batches, is_beyond, measured))
     return found
 
 
@@ -100,8 +103,9 @@ def write_predictions(all_results: Sequence[TaskResults]) -> str:
         for each in found:
             cells = [results.task, name_all(results, each.row)]
             cells += [_write_points(values) for values in (each.omega, each.omega_adamw)]
-            predicted = (each.predicted, each.predicted_adamw, each.predicted_batches)
-            cells += [write_number(value) for value in predicted]
+            cells += [write_number(value) for value in (each.predicted, each.predicted_adamw)]
+            by_batches = write_number(each.predicted_batches)
+            cells.append(f"({by_batches})" if each.is_beyond and each.predicted_batches is not None else by_batches)
             rows.append([*cells, write_equivalent(each.measured), str(each.measured.seeds)])
         if found:
             places.append(_say_place(results))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 
 import pytest
 
@@ -36,12 +37,27 @@ def test_what_lies_beyond_the_smallest_batch_is_said() -> None:
     batches = {0.5: 1.5, 0.25: 1.5}
     within, beyond = (tradeoff(0.5, noise, smaller_batches=batches) for noise in (2.9, 9.0))
     assert within.assumption.endswith("measured down to 0.25 of the batch")
-    assert beyond.assumption.endswith("; 0.1 of it is beyond, on the slope of the last ones")
+    assert beyond.assumption.endswith("; a batch of 0.1 is beyond, on the last slope")
     assert beyond.steps_ratio == pytest.approx(1.5)
 
 
 def test_fewer_steps_than_on_the_usual_batch_are_scatter() -> None:
     assert BatchCurve.from_shares({0.5: 0.9}).points == ((1.0, 1.0), (2.0, 1.0))
+    assert BatchCurve.from_shares({0.25: 1.2, 0.5: 2.0}).points == ((1.0, 1.0), (2.0, 2.0), (4.0, 2.0))
+    # More noise is never fewer steps, so that a smaller batch of equal cost is judged right.
+    ratios = [tradeoff(0.1, noise, smaller_batches={0.5: 2.0, 0.25: 1.2}).steps_ratio for noise in (0.5, 1, 2, 15, 100)]
+    assert ratios == sorted(ratios)
+
+
+@pytest.mark.parametrize("noise", [0.5, 10.0, 1e6])
+def test_beyond_what_was_measured_noise_costs_in_proportion_at_most(noise: float) -> None:
+    # A batch of nearly all examples says next to nothing about the slope.
+    ratio = tradeoff(0.5, noise, smaller_batches={0.99: 1.5}).steps_ratio
+    assert ratio == pytest.approx(1.5 * 0.99 * (1 + noise))
+
+
+def test_shares_may_be_fractions() -> None:
+    assert tradeoff(0.5, 1.0, smaller_batches={Fraction(1, 2): 1.4}).steps_ratio == pytest.approx(1.4)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +68,8 @@ def test_fewer_steps_than_on_the_usual_batch_are_scatter() -> None:
         ({1.0: 1.4}, "but has 1.0: 1.4"),
         ({0.0: 1.4}, "but has 0.0: 1.4"),
         ({2: 1.4}, "but has 2: 1.4"),
+        ({5e-324: 1.4}, "but has 5e-324: 1.4"),
+        ({True: 1.4}, "but has True: 1.4"),
         ({0.5: math.nan}, "but has 0.5: nan"),
         ({0.5: math.inf}, "but has 0.5: inf"),
         ({0.5: -1.0}, "but has 0.5: -1.0"),

@@ -202,7 +202,7 @@ def test_noise_that_is_drawn_at_a_frozen_layer_alone_is_an_error_and_not_zero() 
     generator = torch.Generator().manual_seed(9)
     run_step(model, controller, generator)
     assert controller.noise is None
-    assert controller.obstacle == "the rows drawn at head are in the gradient of no weight there"
+    assert controller.obstacle == "the rows drawn at head are in the gradient of no linear weight that is trained there"
     run_step(model, controller, generator)
     with pytest.raises(ControlError, match="3 trials in a row measured nothing: the rows drawn at head are in"):
         run_step(model, controller, generator)

@@ -110,7 +110,7 @@ def _damaged(state: dict[str, Any]) -> dict[str, tuple[dict[str, Any], str]]:
         "curves": ({**state, "curves": {"head": curve[:, 1:]}}, r"curves must be a finite float64 tensor of shape"),
         "curves zero": ({**state, "curves": {"head": curve * 0}}, "with weights above 0"),
         "curves of others": ({**state, "curves": {"tail": curve}}, "curves must be of the layers"),
-        "layers": ({**state, "layers": {"head": pair[0]}}, r"layers must be a finite float64 tensor of shape \[2\]"),
+        "layers": ({**state, "layers": {"head": pair[0]}}, r"layers must be a finite float64 tensor of shape \[3\]"),
         "layers missing": ({**state, "layers": {}}, "layers must be of all layers that have a curve"),
         "followers": ({**state, "followers": "head"}, "followers must be a list of layers"),
         "keeps": ({**state, "keeps": {"head": "0.5"}}, "keeps must be a number for each layer"),

@@ -12,9 +12,14 @@ from torch import Tensor, nn
 import cheapgrad
 from cheapgrad.errors import ControlError, OptimizerStateError
 from cheapgrad.planning.controller import Controller
+from cheapgrad.planning.controller_claim import Claim
+from cheapgrad.planning.controller_trial import Trial, TrialDesign
+from cheapgrad.planning.controller_units import StepUnits
 from cheapgrad.planning.units import optimizer_units
-from cheapgrad.sketch import RowSample
+from cheapgrad.sketch import RowSample, Systematic
 from tests.planning.controlled import (
+    B,
+    D,
     Tokens,
     list_weights,
     make_batch,
@@ -52,9 +57,9 @@ def weigh(model: nn.Module, optimizer: torch.optim.Adam) -> Tensor:
     return torch.cat([torch.full((weight.numel(),), float(1 / root)) for weight, root in roots.items()]).double()
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.5])
-def test_noise_is_kept_in_units_of_the_steps(spread: float) -> None:
-    model, handle, controller, optimizer = set_up_with_optimizer(spread, noise=TARGET)
+@pytest.mark.parametrize(("spread", "target"), [(0.0, TARGET), (1.5, TARGET), (1.5, 0.6)])
+def test_noise_is_kept_in_units_of_the_steps(spread: float, target: float) -> None:
+    model, handle, controller, optimizer = set_up_with_optimizer(spread, noise=target)
     factors, generator = weigh(model, optimizer), torch.Generator().manual_seed(1)
     weighed, plain = [], []
     for step in range(1, 322):
@@ -64,10 +69,52 @@ def test_noise_is_kept_in_units_of_the_steps(spread: float) -> None:
             for found, scale in ((weighed, factors), (plain, torch.ones_like(factors))):
                 measure = functools.partial(measure_noise, model, handle, share=scale.mul, batches=40, draws=2)
                 found.append(measure_between_trials(handle, keeps, measure))
-    assert sum(weighed) / len(weighed) == pytest.approx(TARGET, rel=0.2)
+    assert sum(weighed) / len(weighed) == pytest.approx(target, rel=0.2)
     # One who leaves the units out keeps another noise at the target.
     ratio = sum(plain) / sum(weighed)
     assert ratio == pytest.approx(1, rel=0.05) if spread == 0 else ratio < 0.3
+
+
+class Attending(nn.Module):
+    """Attention and a chain, each of whose weights has another unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(D, 2, batch_first=True)
+        self.below, self.above = nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+        self.head = nn.Linear(D, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(x + self.above(torch.tanh(self.below(x))))
+
+
+@pytest.mark.parametrize("is_cast", [False, True], ids=["double", "autocast"])
+def test_each_weight_has_its_own_factor_whoever_draws(is_cast: bool) -> None:
+    torch.manual_seed(0)
+    model = Attending() if is_cast else Attending().double()
+    handle = cheapgrad.approximate(model, cheapgrad.Rule(cotangent=RowSample(0.5)), skip_small=False)
+    optimizer = make_optimizer(model, spread=1.5)
+    units = StepUnits(optimizer, Claim(handle).layers())
+    factors = units.read()
+    # Also that of a rebuilt or packed weight is one of them, and no two are alike.
+    assert len(set(factors.values())) == len(factors) == 5
+    find, found = units.resolve(factors), []
+    trial = Trial(0, lambda: B, find_factor=lambda layer, weight: found.append(find(layer, weight)) or found[-1])
+    strategies = {
+        name: RowSample(0.5, design=TrialDesign(Systematic(), trial, name, 0.5)) for name in handle.strategies()
+    }
+    handle.replace_strategies(strategies)
+    x = torch.randn(B, 6, D, dtype=torch.float32 if is_cast else torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_cast):
+        loss = model(x).float().square().mean()
+    loss.backward()
+    by_name = {name: factors[name] for name in ("head.weight", "above.weight", "below.weight")}
+    assert found[:3] == list(by_name.values())
+    # The lowest layer's input needs no gradient, so that its weight is not at hand.
+    assert found[3] == factors["attention.out_proj.weight"]
+    joined = find("attention", None)
+    assert set(found[4:]) <= {factors["attention.in_proj_weight"], joined}
 
 
 def test_a_common_factor_of_all_second_moments_changes_nothing() -> None:
@@ -105,12 +152,15 @@ def test_nothing_is_measured_before_the_first_step_of_the_optimizer() -> None:
     train(model, controller, optimizer, 3, generator)
     assert [record.step for record in controller.history] == [2, 3]
     # The unit is that of the step before.
-    weights = {layer: module.weight for layer, module in model.named_modules() if isinstance(module, nn.Linear)}
+    weights = {name: value for name, value in named_weights(model).items() if value.dim() == 2}
     expected = optimizer_units(optimizer, list(weights), list(weights.values())).factors
-    found = controller.state_dict()["factors"]
-    assert [found[layer] for layer in weights] == list(expected)
-    # The others have no weight of their own.
-    assert {factor for layer, factor in found.items() if layer not in weights} == {1.0}
+    assert controller.state_dict()["factors"] == dict(zip(weights, expected, strict=True))
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return weights by the layer's name."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {f"{name}.weight": module.weight for name, module in layers.items()}
 
 
 @pytest.mark.parametrize("loads_optimizer_first", [True, False])
@@ -145,16 +195,22 @@ def test_a_state_of_other_units_is_refused() -> None:
     for one, other in ((controller, plain), (plain, controller)):
         with pytest.raises(ControlError, match=f"has_optimizer={other is controller}, but this one has has_optimizer="):
             one.load_state_dict(other.state_dict())
-    damaged = {**plain.state_dict(), "factors": {next(iter(handle.strategies())): -1.0}}
-    with pytest.raises(ControlError, match="factors must be a number of at least 0 by layer"):
-        plain.load_state_dict(damaged)
+    for factors, words in (
+        ({"head.weight": -1.0}, "a number of at least 0 by weight"),
+        ({"head.weight": 1.0}, "empty"),
+    ):
+        with pytest.raises(ControlError, match=f"factors must be {words}"):
+            plain.load_state_dict({**plain.state_dict(), "factors": factors})
 
 
 def test_optimizers_without_a_unit_are_refused_and_the_controller_before_stays() -> None:
     model, handle, before = set_up(keep=0.25)
     generator = torch.Generator().manual_seed(6)
+    momentum, plain = (torch.optim.SGD(model.parameters(), lr=1e-3, momentum=value) for value in (0.9, 0.0))
     for wrong, words in (
         (model, "must be a torch.optim.Optimizer"),
+        (momentum, "the SGD keeps no running mean of squared gradients"),
+        (plain, "the SGD keeps no running mean of squared gradients"),
         (
             torch.optim.Adam([nn.Parameter(torch.ones(3))]),
             r"does not hold 5 weights of controlled layers, the first one is",
@@ -163,13 +219,55 @@ def test_optimizers_without_a_unit_are_refused_and_the_controller_before_stays()
         with pytest.raises(OptimizerStateError, match=words):
             Controller(handle, optimizer=wrong)  # type: ignore[arg-type]
     run_step(model, before, generator)
-    momentum = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    with pytest.raises(OptimizerStateError, match="SGD"):
-        train(model, Controller(handle, optimizer=momentum), momentum, 1, generator)
-    plain = torch.optim.SGD(model.parameters(), lr=1e-3)
-    controller = Controller(handle, optimizer=plain)
-    train(model, controller, plain, 31, generator)
+    model.requires_grad_(False)
+    with pytest.raises(OptimizerStateError, match="none of the controlled layers has a weight that is trained"):
+        Controller(handle, optimizer=torch.optim.AdamW(model.parameters()))
+
+
+def test_an_optimizer_that_never_steps_is_an_error() -> None:
+    model, handle, _ = set_up(keep=0.25)
+    controller, generator = Controller(handle, optimizer=torch.optim.AdamW(model.parameters())), torch.Generator()
+    for _ in range(31):
+        run_step(model, controller, generator)
     with pytest.raises(
-        OptimizerStateError, match="has no state for any weight of the controlled layers after 32 steps"
+        OptimizerStateError, match="the AdamW has stepped no weight of the controlled layers in 32 steps"
     ):
-        train(model, controller, plain, 1, generator)
+        run_step(model, controller, generator)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_loss_scaler_skips_are_none(fused: bool) -> None:
+    torch.manual_seed(3)
+    model = Tokens()
+    handle = cheapgrad.approximate(model, cheapgrad.Rule(cotangent=RowSample(0.25)), skip_small=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1000, backoff_factor=2.0**-120)
+    controller, generator = Controller(handle, noise=TARGET, optimizer=optimizer), torch.Generator().manual_seed(8)
+    for step in range(6):
+        optimizer.zero_grad()
+        x, direction = make_batch(generator)
+        # Scaled by so much, the first gradient overflows.
+        scaler.scale(1e9 * (direction.float() * model(x.float())).mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        controller.step()
+        if step == 0:
+            assert (controller.noise, controller.history) == (None, [])
+    assert controller.noise is not None
+
+
+def test_a_weight_that_is_thawed_has_a_factor_from_then_on() -> None:
+    model, handle, _ = set_up(keep=0.25)
+    assert isinstance(model.head, nn.Linear)
+    lowest = named_weights(model)["blocks.0.1.weight"]
+    lowest.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    controller, generator = Controller(handle, noise=TARGET, optimizer=optimizer), torch.Generator().manual_seed(9)
+    train(model, controller, optimizer, 2, generator)
+    assert "blocks.0.1.weight" not in controller.state_dict()["factors"]
+    lowest.requires_grad_(True)
+    # Not stepped yet when it is read: that its noise does not count is said.
+    controller.step()
+    assert "has not stepped 1 of 5 parameters, the first one is blocks.0.1.weight" in str(controller._units.remarks)
+    train(model, controller, optimizer, 2, generator)
+    assert controller.state_dict()["factors"]["blocks.0.1.weight"] > 0

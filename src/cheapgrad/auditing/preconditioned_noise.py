@@ -35,6 +35,7 @@ class SecondMoment:
     Attributes:
         position: of the parameter, among those that were asked about.
         epsilon: ε, added to the root.
+        mean: of v over all entries.
         state: what the optimizer keeps of the parameter.
         key: under which the running mean of the squared gradient stands there.
         share_seen: how much of that mean is not its start at zero.
@@ -42,17 +43,14 @@ class SecondMoment:
 
     position: int
     epsilon: float
+    mean: float
     state: Mapping[str, Any]
     key: str
     share_seen: float
 
     def read(self) -> Tensor:
         """Return v, the running mean of the squared gradient, corrected for its start at zero: whole, in float64."""
-        moment = as_dense(self.state[self.key].detach()).double() / self.share_seen
-        if "grad_avg" in self.state:
-            # A centred optimizer divides by the deviation.
-            moment -= (as_dense(self.state["grad_avg"].detach()).double() / self.share_seen).square()
-        return moment.clamp_min_(0)
+        return _read_moment(self.state, self.key, self.share_seen)
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ def read_second_moments(
             f"yet, or it keeps none, as SGD without momentum does; pass {_KNOWN} after some steps of training. For an "
             "optimizer that takes gradients as they are, noise_fraction is the figure"
         )
-    if not any(bool(moment.read().any()) for moment in known):
+    if not any(moment.mean for moment in known):
         raise OptimizerStateError(
             f"the {kind} has seen no gradient but zeros, so that its steps have no unit; pass it after some steps of "
             "training"
@@ -189,6 +187,38 @@ def read_second_moments(
         if left
     ]
     return SecondMoments(tuple(known), tuple(remarks))
+
+
+def has_stepped(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+    """Tell whether an optimizer has stepped a parameter that it holds."""
+    state = optimizer.state.get(parameter, {})
+    group = next(group for group in optimizer.param_groups if any(parameter is each for each in group["params"]))
+    return bool(state) and _count_steps(state, group) > 0
+
+
+def keeps_second_moments(group: Mapping[str, Any]) -> bool:
+    """Tell whether the settings of a group of parameters have what a running mean of squared gradients needs."""
+    return any(find_decay(group) is not None for find_decay in _DECAYS.values())
+
+
+def _read_moment(state: Mapping[str, Any], key: str, share_seen: float) -> Tensor:
+    moment = as_dense(state[key].detach()).double() / share_seen
+    if "grad_avg" in state:
+        # A centred optimizer divides by the deviation.
+        moment -= (as_dense(state["grad_avg"].detach()).double() / share_seen).square()
+    return moment.clamp_min_(0)
+
+
+def _mean_moment(state: Mapping[str, Any], key: str, share_seen: float) -> tuple[torch.Size, float]:
+    """Return the shape of v and its mean, NaN or infinite if an entry is, without a copy where that will do."""
+    if "grad_avg" in state:
+        moment = _read_moment(state, key, share_seen)
+        return moment.shape, float(moment.mean())
+    moment = as_dense(state[key].detach())
+    total = float(moment.sum(dtype=torch.promote_types(moment.dtype, torch.float32)))
+    if not math.isfinite(total):
+        total = float(moment.double().sum())
+    return moment.shape, max(0.0, total / moment.numel() / share_seen) if math.isfinite(total) else total
 
 
 def _count_steps(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
@@ -204,23 +234,22 @@ def _find_moment(
         if key not in state or decay is None or not set(state) <= {*_DECAYS, *_COMPANIONS}:
             continue
         share_seen = 1 - float(decay) ** _count_steps(state, group)
-        found = SecondMoment(position, float(group.get("eps", 0.0)), state, key, share_seen)
-        moment = found.read()
-        if moment.shape != shape:
+        found_shape, mean = _mean_moment(state, key, share_seen)
+        if found_shape != shape:
             raise OptimizerStateError(
-                f"the second moments of {name!r} that the {kind} keeps have shape {tuple(moment.shape)}, and the "
+                f"the second moments of {name!r} that the {kind} keeps have shape {tuple(found_shape)}, and the "
                 f"parameter has {tuple(shape)}; load its state with the parameters in the order in which it was saved"
             )
-        if not bool(moment.isfinite().all()):
+        if not math.isfinite(mean):
             raise OptimizerStateError(
                 f"the second moments of {name!r} that the {kind} keeps are not finite, so that its steps have no unit; "
                 "go on from a state that was saved before"
             )
-        return found
+        return SecondMoment(position, float(group.get("eps", 0.0)), mean, state, key, share_seen)
     raise OptimizerStateError(
         f"the {kind} keeps no running mean of squared gradients, entry by entry, that is known here, but "
-        f"{', '.join(map(str, state))}; pass {_KNOWN}, or leave optimizer out: noise_fraction is for gradients as "
-        "they are"
+        f"{', '.join(map(str, state))}; pass {_KNOWN}, or leave optimizer out: noise is then that of gradients as they "
+        "are"
     )
 
 

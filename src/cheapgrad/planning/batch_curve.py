@@ -24,13 +24,19 @@ class BatchCurve:
 
     points: tuple[tuple[float, float], ...]
 
+    @property
+    def most(self) -> float:
+        """ω of the last point."""
+        return self.points[-1][0] - 1
+
     @classmethod
     def from_shares(cls, smaller_batches: Mapping[float, float]) -> BatchCurve:
         """Return the curve through exact trainings on smaller batches.
 
         Args:
             smaller_batches: by the share of the usual batch, in (0, 1): the steps divided by those on the usual batch
-                that end as well. Below 1, which is scatter, it counts as 1.
+                that end as well. Where a smaller batch takes fewer than a larger one, which is scatter, it counts as
+                taking as many.
 
         Raises:
             TheoryError: if there is none, or a share or ratio is out of range.
@@ -44,16 +50,17 @@ class BatchCurve:
                 f"{{0.5: 1.4}}, but is {smaller_batches!r}"
             )
         for share, ratio in smaller_batches.items():
-            if not (_is_positive(share) and share < 1 and _is_positive(ratio)):
+            if not (_is_positive(share) and share < 1 and _is_positive(1 / float(share)) and _is_positive(ratio)):
                 raise TheoryError(
                     "smaller_batches must map shares of the batch in (0, 1) to finite ratios of steps above 0, but has "
                     f"{share!r}: {ratio!r}"
                 )
-        points = [(1 / float(share), max(1.0, float(ratio))) for share, ratio in smaller_batches.items()]
-        return cls(((1.0, 1.0), *sorted(points)))
+        points = [(1.0, 1.0), *sorted((1 / float(share), float(ratio)) for share, ratio in smaller_batches.items())]
+        highest = itertools.accumulate((ratio for _, ratio in points), max)
+        return cls(tuple((more, ratio) for (more, _), ratio in zip(points, highest, strict=True)))
 
     def read(self, noise: float) -> float:
-        """Return the ratio of steps at added noise ω ≥ 0; beyond the last point its slope goes on.
+        """Return the ratio of steps at added noise ω ≥ 0; beyond the last point its slope goes on, up to ``1 + ω``'s.
 
         >>> curve = BatchCurve(((1.0, 1.0), (2.0, 1.5), (4.0, 1.5)))
         >>> [round(curve.read(noise), 3) for noise in (0.0, 0.5, 1.0, 2.0, 15.0)]
@@ -62,7 +69,9 @@ class BatchCurve:
         at = math.log1p(noise)
         pairs = list(itertools.pairwise([(math.log(more), math.log(ratio)) for more, ratio in self.points]))
         (left, low), (right, high) = next((pair for pair in pairs if at <= pair[1][0]), pairs[-1])
-        return math.exp(low + (high - low) * (at - left) / (right - left))
+        slope = (high - low) / (right - left)
+        # Noise that decides costs in proportion, and no theory says more.
+        return math.exp(low + slope * (at - left) if at <= right else high + min(slope, 1.0) * (at - right))
 
 
 def _is_positive(value: Any) -> bool:

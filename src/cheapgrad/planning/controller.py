@@ -36,7 +36,7 @@ _DENSE_STEPS, _HALF_DENSE_STEPS = 8, 32
 _STEPS_PER_PERIOD, _SPARSE_PERIOD = 24, 4
 # What is known before a trial: noise over the predicted noise, and how many trials' worth that is.
 _USUAL_CALIBRATION, _USUAL_NOISE = 1.2, 0.5
-_CALIBRATIONS = (0.25, 8.0)
+_CALIBRATIONS, _CALIBRATIONS_IN_UNITS = (0.25, 8.0), (1 / 64, 16.0)
 # Memory: of the calibration, which moves slowly, in trials; of the layers' own noise, in looks.
 _CALIBRATION_TRIALS, _LAYER_LOOKS = 16, 5
 # The sampled half of a trial is noisier than the target by this factor, so that the difference can be seen; at first,
@@ -88,8 +88,8 @@ class Controller:
         ControlError: `handle` is no `Handle`, no layer samples rows of its cotangent, or a number out of range.
         BudgetError: if `every` or `least_keep` is out of range.
         ConversionError: if the handle was reverted.
-        OptimizerStateError: if `optimizer` is none, or does not hold the weights under control; by `step`, if it keeps
-            no second moments. Whatever is raised, a controller made before stays in charge.
+        OptimizerStateError: if `optimizer` is no such optimizer, or does not hold the weights under control. Whatever
+            is raised, a controller made before stays in charge.
 
     >>> import torch, cheapgrad
     >>> from cheapgrad.sketch import RowSample
@@ -134,7 +134,7 @@ class Controller:
         self._claim = Claim(handle)
         self._base = self._claim.strategies
         self._units = None if optimizer is None else StepUnits(optimizer, self._claim.layers())
-        self._factors: dict[str, float] = {} if self._units is None else self._units.read(0)
+        self._factors: dict[str, float] = {} if self._units is None else self._units.read()
         self._step = 0
         self._shift = 0.0
         self._misses = 0
@@ -188,8 +188,13 @@ class Controller:
         return self._calibrate("gain")
 
     def _calibrate(self, gain: str) -> float:
-        measured, predicted = (float(self._totals[TOTALS.index(name)]) for name in (gain, "predicted_gain"))
-        return min(max(measured / predicted, _CALIBRATIONS[0]), _CALIBRATIONS[1])
+        measured, predicted = self._total(gain), self._total("predicted_gain")
+        # Predictions are between units that may be far apart.
+        least, most = _CALIBRATIONS if self._units is None else _CALIBRATIONS_IN_UNITS
+        return min(max(measured / predicted, least), most)
+
+    def _total(self, name: str) -> float:
+        return float(self._totals[TOTALS.index(name)])
 
     @property
     def adam_learning_rate_factor(self) -> float:
@@ -203,7 +208,7 @@ class Controller:
             ControlError: if several trials in a row showed nothing; the message says why. If another controller was
                 made for the model since, or a layer is gone; the message names it.
             ConversionError: if the handle was reverted.
-            OptimizerStateError: if the optimizer keeps no second moments.
+            OptimizerStateError: if the optimizer keeps no second moments, or has made no step in many.
         """
         sizes = self._claim.seen_sizes()
         rows = {name: shape.rows for name, shape in sizes.items() if isinstance(shape, LayerShape)}
@@ -213,7 +218,7 @@ class Controller:
             self._take_in(self._trial, rows)
         self._step += 1
         if self._units is not None and (not self._factors or self._look() in (Look.HALVES, Look.LAYERS)):
-            self._factors = self._units.read(self._step)
+            self._factors = self._units.read()
         self._prepare()
 
     def state_dict(self) -> dict[str, Any]:
@@ -292,7 +297,8 @@ class Controller:
         if look is not None:
             layers = frozenset(self._curves) if look is Look.CURVES else None
             seed = (self._seed + 0x9E3779B1 * (self._step + 1)) % _SEEDS
-            self._trial = Trial(seed, self._claim.count_examples, look, layers, self._factors)
+            find = (lambda *_: 1.0) if self._units is None else self._units.resolve(self._factors)
+            self._trial = Trial(seed, self._claim.count_examples, look, layers, find)
             designs = {name: TrialDesign(design, self._trial, name, keeps[name]) for name, design in designs.items()}
         if look is Look.HALVES and self._curves:
             keeps = self._keeps(self._find_shift(self._trial_factor() * self.target))
@@ -314,7 +320,8 @@ class Controller:
         device = next(self._handle.model.parameters()).device
         shared = share_trial(trial, rows, list(self._base), device, self._group)
         totals, curves, layers = shared.totals, shared.curves, shared.layers
-        self._rows, self.obstacle = shared.rows, trial.obstacle
+        remarks = () if self._units is None else self._units.remarks
+        self._rows, self.obstacle = shared.rows, "; ".join(filter(None, (trial.obstacle, *remarks)))
         compares = trial.look is Look.HALVES
         if compares and totals[0] == 0:
             self._miss(
@@ -328,10 +335,13 @@ class Controller:
         curves, layers = self._without_followers(curves), self._without_followers(layers)
         if not curves:
             return
-        noise, variance = torch.stack(list(layers.values())).sum(0).tolist() if layers else (0.0, 0.0)
-        if compares and variance > 0 and noise == 0:
-            self.obstacle = f"the rows drawn at {', '.join(layers)} are in the gradient of no weight there"
-            self._miss("Leave frozen layers above trained ones exact, by rules that do not match them")
+        if compares and layers.keys() <= shared.unseen:
+            # Layers below that draw for themselves are not seen in every trial.
+            self.obstacle = (
+                f"the rows drawn at {', '.join(layers)} are in the gradient of no linear weight that is trained there"
+            )
+            if self._measured is None:
+                self._miss("Leave frozen layers above trained ones exact, by rules that do not match them")
             return
         if compares:
             self._misses = 0
@@ -356,11 +366,13 @@ class Controller:
 
     def _add_layers(self, layers: dict[str, Tensor], compares: bool, passes: float) -> None:
         """Add the layers' own noise, summed over passes; where no example kept all rows, gradients had noise too."""
-        total = self._calibrate("plain_gain") * sum(float(pair[0]) for pair in layers.values()) / max(passes, 1.0)
+        plain, in_units = (sum(float(shares[way]) for shares in layers.values()) / max(passes, 1.0) for way in (0, 1))
+        # Each is relative to sizes with noise of its own; what counts is their mean.
+        total = (self._calibrate("plain_gain") * plain + self.calibration * in_units) / 2
         scale = 1.0 if compares else 1 / (1 - min(total, 0.8))
         kept = 1 - 1 / _LAYER_LOOKS
-        for layer, pair in layers.items():
-            scaled = torch.stack([pair[0] * scale, pair[1]])
+        for layer, shares in layers.items():
+            scaled = shares * torch.tensor([scale, scale, 1.0], dtype=torch.float64)
             self._layers[layer] = scaled + kept * self._layers[layer] if layer in self._layers else scaled
 
     def _add_curves(self, curves: dict[str, Tensor]) -> None:
@@ -378,7 +390,7 @@ class Controller:
 
     def _per_prediction(self) -> float:
         """Return ω over what the draws predict: calibrated, less what fixed sizes spare, per mini-batch variance."""
-        exact, mean, shared, predicted = self._totals[3:7].tolist()
+        exact, mean, shared, predicted = map(self._total, ("exact", "mean", "shared", "predicted_noise"))
         if not (exact > 0 and predicted > 0):
             return self.calibration
         signal = min(max(mean / exact, 0.0), 0.9)
@@ -387,8 +399,8 @@ class Controller:
     def _weights(self) -> dict[str, float]:
         """Return the noise of each layer's draw in the weights' gradients, per relative variance of the draw."""
         return {
-            layer: float(pair[0] / pair[1]) if pair[1] > 0 else 1 / len(self._layers)
-            for layer, pair in self._layers.items()
+            layer: float(shares[:2].mean() / shares[2]) if shares[2] > 0 else 1 / len(self._layers)
+            for layer, shares in self._layers.items()
         }
 
     def _known_curves(self) -> dict[str, Tensor]:

@@ -56,6 +56,7 @@ class AbstractPass(abc.ABC):
         examples: B, how many examples the batch has.
         curves: for each layer its draw's variance by budget; see `draw_curve`.
         followers: layers that draw the rows that a draw above has left, all of them.
+        unseen: layers whose draw is in no weight's gradient, as far as can be seen.
     """
 
     def __init__(self, examples: int, generator: torch.Generator) -> None:
@@ -63,6 +64,7 @@ class AbstractPass(abc.ABC):
         self._generator = generator
         self.curves: dict[str, Tensor] = {}
         self.followers: set[str] = set()
+        self.unseen: set[str] = set()
         self._noise_and_variance: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -71,9 +73,9 @@ class AbstractPass(abc.ABC):
         """Return the squared gradients that noise is relative to."""
 
     def layers(self) -> dict[str, Tensor]:
-        """Return each layer's local noise relative to the squared gradients, and its draw's relative variance."""
+        """Return each layer's local noise relative to the squared gradients, both ways, and its draw's variance."""
         pairs = self._noise_and_variance.items()
-        return {layer: torch.stack([self._relate(noise), variance]).cpu() for layer, (noise, variance) in pairs}
+        return {layer: torch.cat([self._relate(noise), variance[None]]).cpu() for layer, (noise, variance) in pairs}
 
     def totals(self) -> Tensor:
         """Return the pass's share of `TOTALS`."""
@@ -85,7 +87,7 @@ class AbstractPass(abc.ABC):
         self.curves[layer] = self.curves.get(layer, 0) + draw_curve(scores)
 
     def _relate(self, noise: Tensor) -> Tensor:
-        return (noise / self._sizes_in_units.clamp_min(_TINY)).mean()
+        return noise / self._sizes_in_units.clamp_min(_TINY)
 
     def _note(self, layer: str, *, noise: Tensor | float = 0.0, variance: Tensor | float = 0.0) -> None:
         noise_before, variance_before = self._noise_and_variance.get(
@@ -183,6 +185,7 @@ class HalvesPass(AbstractPass):
         variance = (_gains(chances_BN) * squares_BN).sum() / squares_BN.sum().clamp_min(_TINY)
         self._note(layer, variance=variance)
         self._drawn = layer, chances_BN
+        self.unseen.add(layer)
         if self._shares is None:
             self._shares = self._weigh_pairs(water_filling(scores, count_kept(shares[0], scores.numel())), squares_BN)
 
@@ -198,6 +201,8 @@ class HalvesPass(AbstractPass):
 
     def see_product(self, drawn: Drawn, grad_KO: Tensor, stored_KI: Tensor) -> None:
         """Take in the factors of a weight's gradient on the kept rows."""
+        if self._drawn is not None:
+            self.unseen.discard(self._drawn[0])
         index_K, rows = drawn.index_K, drawn.rows
         example_K = index_K // rows
         place_K = self._place[example_K]
@@ -220,9 +225,11 @@ class HalvesPass(AbstractPass):
         noise = _in_units((_gains(chances_K) * is_exact_K * row_squares_K).sum(), drawn.factor)
         self._usual_noise += noise
         self._note(layer, noise=noise)
-        self._shared += unit * self._see_shared(factors, torch.where(is_exact_K, 1 - chances_K, 0.0), chances_BN, half)
+        self._shared += unit * self._estimate_shared(
+            factors, torch.where(is_exact_K, 1 - chances_K, 0.0), chances_BN, half
+        )
 
-    def _see_shared(self, factors: Factors, missed_K: Tensor, chances_BN: Tensor, half: int) -> Tensor | float:
+    def _estimate_shared(self, factors: Factors, missed_K: Tensor, chances_BN: Tensor, half: int) -> Tensor | float:
         """Return by how much the fixed size of a draw lowers the noise of the batch's sum, per example.
 
         ``Σ_nm cov(n, m) <a_n, a_m> / (p_n p_m) ≈ -‖Σ (1 - p_n) a_n‖² / Σ p_n (1 - p_n)`` off the diagonal; within an
@@ -248,11 +255,11 @@ class HalvesPass(AbstractPass):
             [
                 one,
                 gain[1],
-                self._relate(predicted),
+                self._relate(predicted).mean(),
                 one,
                 self._mean / exact,
                 self._shared / exact,
-                self._relate(self._usual_noise),
+                self._relate(self._usual_noise).mean(),
                 gain[0],
             ]
         ).cpu()

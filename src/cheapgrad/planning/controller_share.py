@@ -22,6 +22,7 @@ class Shared:
         curves: the same.
         layers: the same.
         followers: of any rank.
+        unseen: on every rank that drew.
         rows: how many rows each layer has, the mean over the ranks that ran it, so that all round alike.
     """
 
@@ -29,6 +30,7 @@ class Shared:
     curves: dict[str, Tensor]
     layers: dict[str, Tensor]
     followers: frozenset[str]
+    unseen: frozenset[str]
     rows: dict[str, int]
 
 
@@ -50,14 +52,18 @@ def share_trial(
         group: whose ranks share; None for the default group.
     """
     if not has_ranks():
-        return Shared(trial.totals, trial.curves, trial.layers, frozenset(trial.followers), dict(rows))
+        return Shared(
+            trial.totals, trial.curves, trial.layers, frozenset(trial.followers), frozenset(trial.unseen), dict(rows)
+        )
     own_rows = {name: torch.tensor([rows[name], 1.0], dtype=torch.float64) for name in names if name in rows}
-    parts = [trial.totals, torch.tensor([float(name in trial.followers) for name in names], dtype=torch.float64)]
-    for found, size in ((trial.curves, len(KEEPS) + 1), (trial.layers, 2), (own_rows, 2)):
+    flags = [trial.followers, trial.layers.keys() - trial.unseen]
+    parts = [trial.totals]
+    parts += [torch.tensor([float(name in flag) for name in names], dtype=torch.float64) for flag in flags]
+    for found, size in ((trial.curves, len(KEEPS) + 1), (trial.layers, 3), (own_rows, 2)):
         parts += [found.get(name, torch.zeros(size, dtype=torch.float64)) for name in names]
     packed = torch.cat(parts).to(device)
     distributed.all_reduce(packed, group=group)
-    totals, followers, *rest = packed.cpu().split([len(part) for part in parts])
+    totals, followers, seen, *rest = packed.cpu().split([len(part) for part in parts])
     count = len(names)
     curves, layers, pairs = (dict(zip(names, rest[start * count :], strict=False)) for start in range(3))
     drawn = [name for name in names if curves[name][-1] > 0]
@@ -66,5 +72,6 @@ def share_trial(
         {name: curves[name] for name in drawn},
         {name: layers[name] for name in drawn},
         frozenset(name for name, ranks in zip(names, followers.tolist(), strict=True) if ranks),
+        frozenset(name for name, ranks in zip(names, seen.tolist(), strict=True) if not ranks),
         {name: round(float(pair[0] / pair[1])) for name, pair in pairs.items() if pair[1] > 0},
     )

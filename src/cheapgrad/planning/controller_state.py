@@ -86,8 +86,10 @@ def read_state(state: Any, settings: Mapping[str, Any], keeps: Mapping[str, floa
     check_keeps(state["keeps"], keeps)
     for name, (is_allowed, allowed) in _ALLOWED.items():
         _check(state, name, is_allowed, allowed)
-    for name in ("rows", "curves", "layers", "followers", "factors"):
+    for name in ("rows", "curves", "layers", "followers"):
         _check(state, name, lambda value: set(value) <= keeps.keys(), f"of the layers {reprlib.repr(list(keeps))} only")
+    if state["factors"] and not settings["has_optimizer"]:
+        _check(state, "factors", lambda value: not value, "empty without an optimizer")
     _check(state, "layers", lambda value: value.keys() >= state["curves"].keys(), "of all layers that have a curve")
     return ControlState(
         **{name: state[name] for name in ("step", "shift", "misses", "noise", "log_size")},
@@ -169,8 +171,8 @@ _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         f"a finite float64 tensor of shape [2, {len(KEEPS) + 2}] by layer, with weights above 0",
     ),
     "layers": (
-        lambda value: _is_mapping(value, lambda pair: _is_tensor(pair, 2)),
-        "a finite float64 tensor of shape [2] by layer",
+        lambda value: _is_mapping(value, lambda shares: _is_tensor(shares, 3)),
+        "a finite float64 tensor of shape [3] by layer",
     ),
     "followers": (
         lambda value: isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value),
@@ -178,7 +180,7 @@ _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "factors": (
         lambda value: _is_mapping(value, lambda factor: _is_number(factor) and factor >= 0),
-        "a number of at least 0 by layer",
+        "a number of at least 0 by weight",
     ),
     "history": (
         lambda value: isinstance(value, (list, tuple)) and all(_is_record(record) for record in value),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,10 @@ _NOT_FINITE = "the gradient is not finite"
 _COMPILED = "the model is compiled, and a compiled pass shows nothing of itself"
 
 
+#: Returns the factor of a weight's gradient, from the layer that draws and the weight, if that is at hand.
+FindFactor = Callable[[str, Tensor | None], float]
+
+
 class Look(enum.Enum):
     """What is measured at a step, from dear to cheap."""
 
@@ -39,13 +43,15 @@ class Trial:
         count_examples: returns B, the number of examples in the batch of the running pass, or None if unknown.
         look: what is measured.
         layers: whose draws are looked at; None for all.
-        factors: of the weights' gradients by layer, in units in which noise is counted; 1 for the others.
+        find_factor: of a weight's gradient, in units in which noise is counted: from the layer that draws, and the
+            weight where it is at hand.
 
     Attributes:
         totals: `TOTALS`, summed over the passes whose layers were looked at.
         curves: for each layer its draw's variance at `KEEPS` and the squared norm of its cotangent, summed.
         layers: for each layer the noise of its draw in its weights' gradients relative to all, and in its cotangent.
         followers: layers whose draws add no noise of their own; see `HalvesPass`.
+        unseen: layers whose draws are in no weight's gradient.
         obstacle: why a pass, or all, could not be measured; an empty string if all were.
     """
 
@@ -55,11 +61,11 @@ class Trial:
         count_examples: Callable[[], int | None],
         look: Look = Look.HALVES,
         layers: frozenset[str] | None = None,
-        factors: Mapping[str, float] | None = None,
+        find_factor: FindFactor = lambda *_: 1.0,
     ) -> None:
         self.look = look
         self._layers = layers
-        self._factors = factors or {}
+        self.find_factor = find_factor
         self._generator = torch.Generator().manual_seed(seed)
         self._count_examples = count_examples
         self._pass: HalvesPass | AllPass | None = None
@@ -67,6 +73,7 @@ class Trial:
         self.curves: dict[str, Tensor] = {}
         self.layers: dict[str, Tensor] = {}
         self.followers: set[str] = set()
+        self.unseen: set[str] = set()
         self.obstacle = _NOTHING
 
     def draw(
@@ -86,7 +93,7 @@ class Trial:
                 self._see_curve(layer, draw_curve(scores))
             else:
                 current = self._join_pass(scores)
-                drawing = _Drawing(layer, keep, self._factors.get(layer, 1.0))
+                drawing = _Drawing(layer, keep, self.find_factor)
                 if isinstance(current, HalvesPass):
                     return _draw_half(current, drawing, base, scores.double(), count, generator)
                 if current is not None:
@@ -139,6 +146,7 @@ class Trial:
         self._clear()
         self.totals += totals
         self.followers |= current.followers
+        self.unseen |= current.unseen
         for layer, curve in current.curves.items():
             self.curves[layer] = self.curves.get(layer, 0) + curve
         for layer, pair in layers.items():
@@ -147,11 +155,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """Whose rows are drawn, the layer's keep fraction outside of trials, and the factor of its weight's gradient."""
+    """Whose rows are drawn, the layer's keep fraction outside of trials, and the factors of weights' gradients."""
 
     layer: str
     keep: float
-    factor: float
+    find_factor: FindFactor
 
 
 def _draw_half(
@@ -173,8 +181,9 @@ def _draw_half(
     index_K = torch.cat([exact_K, others[drawn.index_K]])
     weight_K = torch.cat([drawn.weight_K.new_ones(len(exact_K)), drawn.weight_K])
 
-    def watch(grad_KO: Tensor, stored_KI: Tensor) -> None:
-        current.see_product(Drawn(index_K, weight_K, rows, not drawn.may_repeat, drawing.factor), grad_KO, stored_KI)
+    def watch(grad_KO: Tensor, stored_KI: Tensor, weight_OI: Tensor | None) -> None:
+        factor = drawing.find_factor(drawing.layer, weight_OI)
+        current.see_product(Drawn(index_K, weight_K, rows, not drawn.may_repeat, factor), grad_KO, stored_KI)
 
     return Selection(index_K, weight_K, size, drawn.may_repeat, watch)
 
@@ -192,11 +201,12 @@ def _draw_all(
     drawn = base.draw(scores, count, generator)
     current.see_draw(drawing.layer, scores.double(), count)
 
-    def watch(grad_KO: Tensor, stored_KI: Tensor) -> None:
+    def watch(grad_KO: Tensor, stored_KI: Tensor, weight_OI: Tensor | None) -> None:
         place_K, row_K = drawn.index_K // rows, drawn.index_K % rows
         grad_KO, stored_KI = at_least_single(grad_KO), at_least_single(stored_KI)
         factors = Factors(grad_KO, stored_KI, place_K, row_K, current.examples, rows, not drawn.may_repeat)
-        current.see_product(drawing.layer, factors, drawn.weight_K, drawing.factor)
+        factor = drawing.find_factor(drawing.layer, weight_OI)
+        current.see_product(drawing.layer, factors, drawn.weight_K, factor)
 
     return Selection(drawn.index_K, drawn.weight_K, size, drawn.may_repeat, watch)
 

@@ -152,11 +152,12 @@ def _ratio_of_bound(noise: float, noise_to_target: float) -> tuple[float, str]:
 
 
 def _ratio_of_batches(smaller_batches: Mapping[float, float], noise: float) -> tuple[float, str]:
-    ratio, least = BatchCurve.from_shares(smaller_batches).read(noise), min(smaller_batches)
+    curve = BatchCurve.from_shares(smaller_batches)
+    least = 1 / (1 + curve.most)
     assumption = f"as many steps as a smaller batch of as much noise, measured down to {least:g} of the batch"
-    if noise > 1 / least - 1:
-        assumption += f"; {1 / (1 + noise):.2g} of it is beyond, on the slope of the last ones"
-    return ratio, assumption
+    if noise > curve.most:
+        assumption += f"; a batch of {1 / (1 + noise):.2g} is beyond, on the last slope"
+    return curve.read(noise), assumption
 
 
 def _ratio_of_problem(problem: LocalQuadratic, target: float, noise: float) -> tuple[float, str]:

@@ -75,7 +75,7 @@ def optimizer_units(
             nothing but zeros.
     """
     found = read_second_moments(optimizer, names, parameters)
-    roots = [math.sqrt(float(moment.read().mean())) for moment in found.known]
+    roots = [math.sqrt(moment.mean) for moment in found.known]
     factors = [0.0] * len(parameters)
     silent = []
     for moment, root in zip(found.known, roots, strict=True):

@@ -59,7 +59,7 @@ class AbstractRowSampling(AbstractSampling):
     def draw(self, operands: Operands, memory: Any = None) -> DrawnRows:
         """Draw rows of the cotangent."""
         cotangent_NO = operands.cotangent()
-        return DrawnRows(self.select(operands, cotangent_NO.shape[0]), cotangent_NO)
+        return DrawnRows(self.select(operands, cotangent_NO.shape[0]), cotangent_NO, operands.weight_OI)
 
     def store(self, operands: Operands, memory: Any = None) -> tuple[Tensor, ...]:
         """Keep the drawn rows of X, weighted, and the indices of their blocks."""

@@ -93,9 +93,10 @@ class StoredFactors(AbstractStoredMatrix):
 class DrawnRows(AbstractDrawnCotangent):
     """A cotangent sketched along its rows; serves dX and dW alike."""
 
-    def __init__(self, sketch: AxisSketch, cotangent_NO: Tensor) -> None:
+    def __init__(self, sketch: AxisSketch, cotangent_NO: Tensor, weight_OI: Tensor | None = None) -> None:
         self.sketch = sketch
         self._cotangent_NO = cotangent_NO
+        self._weight_OI = weight_OI
         self._sketched_KO: Tensor | None = None
 
     @property
@@ -119,7 +120,7 @@ class DrawnRows(AbstractDrawnCotangent):
             return stored.contract(self._cotangent_NO)
         stored_KI = self.sketch.gather_rows(stored)
         if isinstance(self.sketch, Selection) and self.sketch.watch is not None:
-            self.sketch.watch(self.sketched_KO, stored_KI)
+            self.sketch.watch(self.sketched_KO, stored_KI, self._weight_OI)
         return self.sketched_KO.mT @ stored_KI
 
 

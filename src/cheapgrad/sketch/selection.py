@@ -24,14 +24,15 @@ class Selection:
         weight_K: their weights (1 / inclusion probability), float64, shape ``[K]``.
         size: length of the axis.
         may_repeat: whether an index can occur more than once (sampling with replacement).
-        watch: called with the two factors of each dW that the draw serves, ``[K, O]`` and ``[K, I]``, or None.
+        watch: called with the two factors of each dW that the draw serves, ``[K, O]`` and ``[K, I]``, and W, where that
+            is at hand; or None.
     """
 
     index_K: Tensor
     weight_K: Tensor
     size: int
     may_repeat: bool = False
-    watch: Callable[[Tensor, Tensor], None] | None = field(default=None, compare=False, repr=False)
+    watch: Callable[[Tensor, Tensor, Tensor | None], None] | None = field(default=None, compare=False, repr=False)
 
     def apply(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Return the kept coordinates of `tensor` along `dim`, weighted."""

@@ -161,7 +161,8 @@ class _OpenedGate(AbstractOpenedStage):
             if weight_DI is None:
                 raise RuntimeError("a gated stage has weights")
             grad_KD = grad_KD.to(weight_DI.dtype)
-            gradients.append(self._rows.contract(grad_KD, input_KI) if wants_weight and input_KI is not None else None)
+            is_wanted = wants_weight and input_KI is not None
+            gradients.append(self._rows.contract(grad_KD, input_KI, weight_DI) if is_wanted else None)
             gradients.append(grad_KD.sum(0) if wants_bias else None)
             if wants_input:
                 part_KI = grad_KD @ weight_DI

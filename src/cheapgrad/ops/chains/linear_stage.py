@@ -95,7 +95,7 @@ class _OpenedLinear(AbstractOpenedStage):
         grad_KO = grad_KO.to(self._weight_OI.dtype)
         grad_weight = None
         if wants_weight and self._input_KI is not None:
-            grad_weight = self._rows.contract(grad_KO, self._input_KI())
+            grad_weight = self._rows.contract(grad_KO, self._input_KI(), self._weight_OI)
         grad_bias = grad_KO.sum(0) if wants_bias else None
         grad_input = grad_KO @ self._weight_OI if wants_input else None
         return grad_input, (grad_weight, grad_bias)

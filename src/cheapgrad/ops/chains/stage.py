@@ -24,18 +24,18 @@ class KeptRows:
     Attributes:
         index_K: their indices, or None for all rows.
         count: N, how many rows there are.
-        watch: called with the two factors of each dW on the kept rows, or None.
+        watch: called with the two factors of each dW on the kept rows, and W; or None.
     """
 
     index_K: Tensor | None
     count: int
-    watch: Callable[[Tensor, Tensor], None] | None = None
+    watch: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
 
-    def contract(self, grad_KO: Tensor, stored_KI: Tensor) -> Tensor:
-        """Return ``G.T X``, summed over the kept rows."""
+    def contract(self, grad_KO: Tensor, stored_KI: Tensor, weight_OI: Tensor) -> Tensor:
+        """Return ``G.T X``, summed over the kept rows: the gradient of W."""
         stored_KI = stored_KI.to(grad_KO.dtype)
         if self.watch is not None:
-            self.watch(grad_KO, stored_KI)
+            self.watch(grad_KO, stored_KI, weight_OI)
         return grad_KO.mT @ stored_KI
 
     def take(self, tensor_ND: Tensor) -> Tensor:

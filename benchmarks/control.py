@@ -106,7 +106,7 @@ def _follow(
                 "steps": f"{step - len(seen) + 1}-{step}",
                 "loss": loss.item(),
                 "keep": controller.keep,
-                "estimate": sum(estimates) / len(estimates),
+                "estimate": sum(estimates) / len(estimates) if estimates else None,
                 "omega": omega,
                 "low": omega - _BAND * error,
                 "high": omega + _BAND * error,

@@ -183,7 +183,7 @@ class Controller:
     def calibration(self) -> float:
         """Measured noise over what the draws alone predict; near 1 where the noise of a layer reaches no other.
 
-        In units of an optimizer's steps it also tells those from units of the gradient.
+        In units of an optimizer's steps it also turns one unit into the other: what draws predict is the mean of both.
         """
         return self._calibrate("gain")
 

@@ -13,8 +13,9 @@ from cheapgrad.planning.controller_gradients import Factors, at_least_single
 from cheapgrad.sketch.budget import count_kept
 from cheapgrad.sketch.water_filling import minimum_variance, water_filling
 
-#: Names of the numbers that passes add up, in the order of `AbstractPass.totals`; all but the first are of halves. The
-#: gain is in units in which noise is counted, the last one as gradients are, and what is predicted between the two.
+#: Names of the numbers that passes add up, in the order of `AbstractPass.totals`; all but the first are of halves.
+#: "gain", "mean" and "shared" are in the units in which noise is counted, "plain_gain" as gradients are, and
+#: predictions are the mean of both.
 TOTALS = ("passes", "gain", "predicted_gain", "exact", "mean", "shared", "predicted_noise", "plain_gain")
 # Pairs of examples whose gradients are measured in a pass.
 _MOST_PAIRS = 32
@@ -90,9 +91,8 @@ class AbstractPass(abc.ABC):
         return noise / self._sizes_in_units.clamp_min(_TINY)
 
     def _note(self, layer: str, *, noise: Tensor | float = 0.0, variance: Tensor | float = 0.0) -> None:
-        noise_before, variance_before = self._noise_and_variance.get(
-            layer, (torch.zeros_like(self._sizes_in_units), 0.0)
-        )
+        zero = torch.zeros_like(self._sizes_in_units)
+        noise_before, variance_before = self._noise_and_variance.get(layer, (zero, zero[0]))
         self._noise_and_variance[layer] = noise_before + noise, variance_before + variance
 
 
@@ -144,7 +144,7 @@ class HalvesPass(AbstractPass):
         self._shares: Tensor | None = None
         self._squares = self._sizes.new_zeros(2, *self._sizes.shape)
         # Of the sampled half at the trial's budgets, from what was drawn; of the exact half at the usual ones.
-        self._drawn_noiseP = torch.zeros_like(self._squares[:, 0])
+        self._drawn_noise = torch.zeros_like(self._squares[:, 0])
         self._usual_noise = self._sizes.new_zeros(2)
         self._drawn: tuple[str, Tensor] | None = None
         self._mean = sizes_B.new_zeros(())
@@ -217,7 +217,7 @@ class HalvesPass(AbstractPass):
         half = count // 2
         row_squares_K, is_exact_K = factors.row_squares(), place_K < half
         drawn_K = torch.where(is_exact_K, 0.0, (1 - 1 / drawn.weight_K[chosen]) * row_squares_K)
-        self._drawn_noiseP.index_add_(1, place_K % half, _in_units(drawn_K, drawn.factor))
+        self._drawn_noise.index_add_(1, place_K % half, _in_units(drawn_K, drawn.factor))
         if self._drawn is None:
             return
         layer, chances_BN = self._drawn
@@ -248,7 +248,7 @@ class HalvesPass(AbstractPass):
         weight = sizes if self._shares is None else sizes * self._shares
         relative = self._squares / self._sizes.clamp_min(_TINY)
         gain = (weight * (relative[:, 1] - relative[:, 0])).sum(1) / self._sizes_in_units.clamp_min(_TINY)
-        predicted = (weight * self._drawn_noiseP / self._sizes[1].clamp_min(_TINY)).sum(1)
+        predicted = (weight * self._drawn_noise / self._sizes[1].clamp_min(_TINY)).sum(1)
         exact = (self._sizes_in_units[1] / self._sizes.shape[1]).clamp_min(_TINY)
         one = torch.ones_like(exact)
         return torch.stack(

@@ -161,8 +161,8 @@ class _OpenedGate(AbstractOpenedStage):
             if weight_DI is None:
                 raise RuntimeError("a gated stage has weights")
             grad_KD = grad_KD.to(weight_DI.dtype)
-            is_wanted = wants_weight and input_KI is not None
-            gradients.append(self._rows.contract(grad_KD, input_KI, weight_DI) if is_wanted else None)
+            known_KI = input_KI if wants_weight else None
+            gradients.append(None if known_KI is None else self._rows.contract(grad_KD, known_KI, weight_DI))
             gradients.append(grad_KD.sum(0) if wants_bias else None)
             if wants_input:
                 part_KI = grad_KD @ weight_DI

@@ -18,6 +18,7 @@ from benchmarks.codec import measure_codecs
 from benchmarks.control import measure_control
 from benchmarks.curvature import measure_curvature
 from benchmarks.environment import describe_environment
+from benchmarks.experiments.datasets import DataError
 from benchmarks.laplace import measure_laplace
 from benchmarks.layer import measure_layers
 from benchmarks.memory import keep_freed_memory
@@ -103,11 +104,14 @@ def main() -> None:
     with arguments.out.open("a", encoding="utf-8") as file:
         for name in names:
             records = []
-            for record in _run(name, arguments):
-                records.append(record)
-                if "environment" not in record:
-                    file.write(json.dumps(record | {"environment": environment}) + "\n")
-                    file.flush()
+            try:
+                for record in _run(name, arguments):
+                    records.append(record)
+                    if "environment" not in record:
+                        file.write(json.dumps(record | {"environment": environment}) + "\n")
+                        file.flush()
+            except DataError as error:
+                parser.error(str(error))
             _print(name, records, environment)
 
 

@@ -69,6 +69,8 @@ def main() -> int:
     for name in ("seeds", "workers", "threads", "measurements"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, but is {getattr(arguments, name)}")
+    if arguments.list and arguments.docs:
+        parser.error("--list runs and writes nothing, and --docs writes; give one of them")
     if not arguments.epochs > 0:
         parser.error(f"--epochs must be above 0, but is {arguments.epochs:g}")
     settings = Settings(

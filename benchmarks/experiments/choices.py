@@ -31,6 +31,9 @@ _SAME_TIME = 0.05
 # Nor in bytes.
 _SAME_BYTES = 0.05
 _SIGNIFICANT = 0.05
+# Fewer pairs have intervals that hide any loss.
+_FEWEST_PAIRS = 3
+_NOT_CORRECTED = "the method, but not after Holm's correction"
 # Who is short of memory wants to halve it at least.
 _FEW_BYTES = 0.5
 _MEMORY_FAMILIES = (
@@ -118,7 +121,9 @@ def _advise_time(results: TaskResults, row: Row) -> str:
     words = row.label
     if verdict is Verdict.OPEN:
         found = compare_rows(results, row, results.exact)
-        words = "either: no difference found" + (f" with {count_seeds(found)}" if found is not None else "")
+        is_better = set(_find_winners(results, row).values()) <= {"the method", _NOT_CORRECTED}
+        what = "better by the intervals, not after Holm's correction," if is_better else "no difference found"
+        words = f"either: {what}" + (f" with {count_seeds(found)}" if found is not None else "")
     return "; ".join([words, *(f"{name} not run" for name in not_run)])
 
 
@@ -130,7 +135,7 @@ def _find_winners(results: TaskResults, row: Row) -> dict[str, str]:
         found = compare_rows(results, row, rival)
         if found is not None and rival.match_by in _RIVALS:
             winner, stands = say_winner(results, found), adjusted.get(_name_pair(row, rival), math.nan) < _SIGNIFICANT
-            winners[rival.label] = winner if stands or winner != "the method" else "no difference found"
+            winners[rival.label] = winner if stands or winner != "the method" else _NOT_CORRECTED
     return winners
 
 
@@ -249,8 +254,7 @@ def _sum_up_memory(results: TaskResults) -> tuple[str, str]:
             time_share(results, row),
             compare_rows(results, row, results.exact),
         )
-        # A single seed would show no loss whatever it is.
-        if share is None or time is None or found is None or found.pairs < 2 or share > _FEW_BYTES:
+        if share is None or time is None or found is None or found.pairs < _FEWEST_PAIRS or share > _FEW_BYTES:
             continue
         if say_winner(results, found) != "the one beside it":
             fair.append((time, share, row.label, f"{write_interval(results, found)} ({count_seeds(found)})"))

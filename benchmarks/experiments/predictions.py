@@ -125,4 +125,4 @@ def _say_place(results: TaskResults) -> str:
         exact = point["methods"][EXACT.step_words]
         places.setdefault(exact["largest"], []).append(100 * exact["its_share"])
     words = [f"`{name}` ({min(shares):.0f} to {max(shares):.0f} %)" for name, shares in places.items()]
-    return f"{results.task}: {', then '.join(words)}"
+    return f"{results.task}: {', later in training '.join(words)}"

@@ -65,6 +65,7 @@ def _write_methods(results: TaskResults) -> str:
                 name_all(results, row),
                 write_number(row.declaration["learning_rate"], "{:g}"),
                 str(row.declaration["batch_size"]),
+                str(row.declaration["steps"]),
                 str(len(row.runs)),
                 write_number(time_share(results, row)),
                 write_number((row.costs or {}).get("backward_ratio")),
@@ -75,7 +76,7 @@ def _write_methods(results: TaskResults) -> str:
                 write_number(p_value, "{:.2g}"),
             ]
         )
-    heads = "method|rate|batch|seeds|time|backward|bytes held|ω|" + figure + "|− exact [95 %]|p (Holm)"
+    heads = "method|rate|batch|steps|seeds|time|backward|bytes held|ω|" + figure + "|− exact [95 %]|p (Holm)"
     return write_table(heads.split("|"), rows)
 
 

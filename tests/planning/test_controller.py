@@ -18,7 +18,7 @@ from cheapgrad.planning.controller import Controller
 from cheapgrad.planning.controller_curve import KEEPS, draw_curve, relative_variance
 from cheapgrad.planning.controller_law import NoiseSchedule, find_shift, round_keep, shift_keep
 from cheapgrad.planning.controller_trial import Trial, TrialDesign
-from cheapgrad.sketch import ColumnSample, RowSample, Systematic, minimum_variance
+from cheapgrad.sketch import ColumnSample, Poisson, RowSample, Systematic, minimum_variance
 from tests.planning.controlled import (
     B,
     D,
@@ -147,6 +147,30 @@ def test_passes_of_accumulated_micro_batches_add_up() -> None:
         mean_loss(model, make_batch(generator)).backward()
     controller.step()
     assert controller.state_dict()["totals"][0] == 3
+
+
+def test_strategies_to_go_on_with_have_the_designs_that_were_converted() -> None:
+    torch.manual_seed(3)
+    model = Tokens().double()
+    rule = cheapgrad.Rule(cotangent=RowSample(0.5, design=Poisson()))
+    handle = cheapgrad.approximate(model, rule, skip_small=False)
+    controller = Controller(handle, noise=0.1)
+    for _ in range(4):
+        run_step(model, controller, torch.Generator().manual_seed(2))
+    assert controller.strategies == {name: RowSample(keep, design=Poisson()) for name, keep in controller.keeps.items()}
+    handle.replace_strategies(controller.strategies)
+
+
+def test_a_calibration_at_its_limit_is_said() -> None:
+    _, _, controller = set_up(noise=0.1)
+    state = controller.state_dict()
+    state["totals"][1] = 20 * state["totals"][2]
+    controller.load_state_dict(state)
+    assert controller.calibration == 8
+    assert (
+        controller._say_limit()
+        == "noise grows 20 times on its way down, and 8 is used: it may be larger than estimated"
+    )
 
 
 def test_a_schedule_moves_from_cheap_to_careful() -> None:

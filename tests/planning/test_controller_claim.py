@@ -239,6 +239,20 @@ def test_names_are_those_of_all_layers_that_see_the_batch() -> None:
         Controller(handle)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_with_tokens_first_is_named(batch_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(32, 2, 32, batch_first=batch_first)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    handle = cheapgrad.approximate(model, cheapgrad.Rule("*linear*", cotangent=RowSample(0.5)), skip_small=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Controller(handle)
+    texts = [str(each.message) for each in caught if each.category is ControlWarning]
+    assert [text.startswith("layer 'layers.0.self_attn' has the batch on the second axis") for text in texts] == [
+        True
+    ] * (not batch_first)
+
+
 def test_batch_norm_without_running_statistics_sees_the_batch_in_eval_too() -> None:
     model, handle = _setup(nn.BatchNorm1d(4, track_running_stats=False), nn.BatchNorm1d(4))
     model[3].eval()

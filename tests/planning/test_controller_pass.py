@@ -54,7 +54,7 @@ def test_a_draws_own_noise_is_estimated_without_bias() -> None:
         current = AllPass(B, torch.Generator(), grad.device)
         drawn = grad[index_K] * weight_K.unsqueeze(1)
         current.see_product("layer", Factors(drawn, stored[index_K], index_K // T, index_K % T, B, T), weight_K, 1.0)
-        noise.append(current._noise_and_variance["layer"][0])
+        noise.append(current._noise["layer"])
     truth = ((B * T / kept - 1) * grad.square().sum(1) * stored.square().sum(1)).sum()
     torch.testing.assert_close(torch.stack(noise).mean(), truth, rtol=1e-12, atol=0)
 

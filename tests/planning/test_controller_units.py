@@ -149,6 +149,7 @@ def test_nothing_is_measured_before_the_first_step_of_the_optimizer() -> None:
     # As with a loss scaler, whose first steps are none of the optimizer's.
     run_step(model, controller, generator)
     assert (controller.noise, controller.keep, controller.history) == (None, 0.25, [])
+    assert controller.obstacle == "the optimizer has made no step yet, so that its steps have no unit"
     train(model, controller, optimizer, 3, generator)
     assert [record.step for record in controller.history] == [2, 3]
     # The unit is that of the step before.
@@ -196,8 +197,8 @@ def test_a_state_of_other_units_is_refused() -> None:
         with pytest.raises(ControlError, match=f"has_optimizer={other is controller}, but this one has has_optimizer="):
             one.load_state_dict(other.state_dict())
     for factors, words in (
-        ({"head.weight": -1.0}, "a number of at least 0 by weight"),
-        ({"head.weight": 1.0}, "empty"),
+        ({"head.weight": -1.0}, "a number from 0 to 1e"),
+        ({"head.weight": 1.0}, r"of the weights \[\] only"),
     ):
         with pytest.raises(ControlError, match=f"factors must be {words}"):
             plain.load_state_dict({**plain.state_dict(), "factors": factors})

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from cheapgrad.errors import TheoryError
@@ -84,7 +85,7 @@ def test_smaller_batch_breaks_even_where_noise_decides() -> None:
 
 
 def test_record_is_ready_for_json() -> None:
-    data = json.loads(json.dumps(tradeoff(0.5, 0.2).to_dict()))
+    data = json.loads(json.dumps(tradeoff(0.5, np.float32(0.2)).to_dict()))
     assert data["noise_dominated_cost_ratio"] == pytest.approx(0.6)
     assert data["beats_smaller_batch"] is True
 
@@ -99,6 +100,10 @@ ONE = LocalQuadratic((1.0,), (1.0,), (0.1,))
         (lambda: tradeoff(1.0, -0.1), "noise must be finite and at least 0, but got -0.1"),
         (lambda: tradeoff(1.0, None), "noise must be finite and at least 0, but got None"),  # type: ignore[arg-type] - refused
         (lambda: tradeoff(1.0, 0.1, noise_to_target=-2.0), "but got -2.0"),
+        (lambda: tradeoff(1.0, 0.1, noise_to_target="x"), "noise_to_target must be at least 0"),  # type: ignore[arg-type] - refused
+        (lambda: tradeoff(1.0, math.inf), "noise must be finite and at least 0, but got inf"),
+        (lambda: tradeoff(1.0, 10**400), "noise must be finite and at least 0, but got 1000"),
+        (lambda: tradeoff(True, 0.1), "cost must be finite and above 0, but got True"),
         (lambda: tradeoff(1.0, 0.1, problem=ONE), "target is missing"),
         (lambda: tradeoff(1.0, 0.1, target=0.5), "problem is missing"),
         (lambda: ONE.best_step_size(0.7), "the start has an excess of 0.5, at most the target 0.7"),

@@ -28,7 +28,7 @@ from cheapgrad.planning.controller_share import has_ranks, share_trial
 from cheapgrad.planning.controller_state import ControlRecord, read_state
 from cheapgrad.planning.controller_trial import Look, Trial, TrialDesign
 from cheapgrad.planning.controller_units import StepUnits
-from cheapgrad.sketch import LayerShape
+from cheapgrad.sketch import LayerShape, RowSample
 
 # A trial at each of the first steps, then at every second one, then at every `every`-th.
 _DENSE_STEPS, _HALF_DENSE_STEPS = 8, 32
@@ -82,7 +82,7 @@ class Controller:
 
     Attributes:
         history: a record after each trial that measured something.
-        obstacle: why the latest look was left out, or in part; an empty string if it was not.
+        obstacle: why the latest look was left out, or in part, or what it could not tell; an empty string otherwise.
 
     Raises:
         ControlError: `handle` is no `Handle`, no layer samples rows of its cotangent, or a number out of range.
@@ -175,6 +175,11 @@ class Controller:
         return self._keeps(self._shift)
 
     @property
+    def strategies(self) -> dict[str, RowSample]:
+        """Strategies at `keeps`, all else as converted: for `Handle.replace_strategies`, to go on without control."""
+        return {name: dataclasses.replace(self._base[name], keep=keep) for name, keep in self.keeps.items()}
+
+    @property
     def keep(self) -> float:
         """Mean of `keeps`."""
         return sum(self.keeps.values()) / len(self._base)
@@ -192,6 +197,14 @@ class Controller:
         # Predictions are between units that may be far apart.
         least, most = _CALIBRATIONS if self._units is None else _CALIBRATIONS_IN_UNITS
         return min(max(measured / predicted, least), most)
+
+    def _say_limit(self) -> str:
+        """Return that the calibration would be beyond its limit, if it is."""
+        ratio, used = self._total("gain") / self._total("predicted_gain"), self.calibration
+        if ratio == used:
+            return ""
+        side = "larger" if ratio > used else "smaller"
+        return f"noise grows {ratio:.3g} times on its way down, and {used:.3g} is used: it may be {side} than estimated"
 
     def _total(self, name: str) -> float:
         return float(self._totals[TOTALS.index(name)])
@@ -219,6 +232,8 @@ class Controller:
         self._step += 1
         if self._units is not None and (not self._factors or self._look() in (Look.HALVES, Look.LAYERS)):
             self._factors = self._units.read()
+            if not self._factors:
+                self.obstacle = "the optimizer has made no step yet, so that its steps have no unit"
         self._prepare()
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,7 +268,9 @@ class Controller:
             ConversionError: if the handle was reverted.
         """
         self._claim.seen_sizes()
-        read = read_state(state, self._settings, {layer: strategy.keep for layer, strategy in self._base.items()})
+        weights = frozenset() if self._units is None else self._units.names
+        keeps = {layer: strategy.keep for layer, strategy in self._base.items()}
+        read = read_state(state, self._settings, keeps, weights)
         self._step, self._shift, self._misses = read.step, read.shift, read.misses
         self._measured, self._log_size = read.noise, read.log_size
         self._totals, self._rows = read.totals, read.rows
@@ -325,9 +342,9 @@ class Controller:
         compares = trial.look is Look.HALVES
         if compares and totals[0] == 0:
             self._miss(
-                "Call controller.step() once after each optimizer step, train eagerly and in training mode, with the "
-                "batch as the first axis; to compile, give handle.replace_strategies the controller.keeps of an eager "
-                "run"
+                "Call controller.step() once after each optimizer step, train eagerly, in training mode and not within "
+                "handle.exact(), with the batch as the first axis; to compile, give handle.replace_strategies the "
+                "controller.strategies of an eager run"
             )
             return
         if compares:
@@ -354,6 +371,7 @@ class Controller:
         self._shift = self._find_shift(self._usual_target())
         self._measured = self._noise_at(self._shift)
         if compares:
+            self.obstacle = "; ".join(filter(None, (self.obstacle, self._say_limit())))
             self.history.append(ControlRecord(self._step, self.target, used, self.calibration, self.keep))
 
     def _miss(self, advice: str) -> None:

@@ -44,6 +44,7 @@ class Claim:
                 "cheapgrad.Rule(cotangent=cheapgrad.sketch.RowSample(keep=0.5))"
             )
         _warn_of_batch_norm(handle.model)
+        _warn_of_tokens_first(handle.model)
 
     def layers(self) -> list[tuple[str, nn.Module]]:
         """Return what is to be steered, by name."""
@@ -93,6 +94,19 @@ def _warn_of_batch_norm(model: nn.Module) -> None:
             "other: the controller compares halves of a batch and cannot tell their noise apart; check its noise with "
             f"cheapgrad.audit, or let {'it' if is_one else 'them'} normalise by running statistics, with eval() and "
             "track_running_stats=True",
+            ControlWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_tokens_first(model: nn.Module) -> None:
+    attentions = [each for each in model.named_modules() if isinstance(each[1], nn.MultiheadAttention)]
+    names = [name for name, module in attentions if not module.batch_first]
+    if names:
+        warnings.warn(
+            f"{_enumerate(names)} {'has' if len(names) == 1 else 'have'} the batch on the second axis "
+            "(batch_first=False), and the controller takes the first axis for the examples: it would compare tokens, "
+            "and its noise would be wrong; build with batch_first=True",
             ControlWarning,
             stacklevel=4,
         )

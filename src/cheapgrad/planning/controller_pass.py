@@ -66,7 +66,8 @@ class AbstractPass(abc.ABC):
         self.curves: dict[str, Tensor] = {}
         self.followers: set[str] = set()
         self.unseen: set[str] = set()
-        self._noise_and_variance: dict[str, tuple[Tensor, Tensor]] = {}
+        self._noise: dict[str, Tensor] = {}
+        self._variance_and_square: dict[str, Tensor] = {}
 
     @property
     @abc.abstractmethod
@@ -75,8 +76,11 @@ class AbstractPass(abc.ABC):
 
     def layers(self) -> dict[str, Tensor]:
         """Return each layer's local noise relative to the squared gradients, both ways, and its draw's variance."""
-        pairs = self._noise_and_variance.items()
-        return {layer: torch.cat([self._relate(noise), variance[None]]).cpu() for layer, (noise, variance) in pairs}
+        found = {}
+        for layer, (variance, square) in self._variance_and_square.items():
+            noise = self._noise.get(layer, torch.zeros_like(self._sizes_in_units))
+            found[layer] = torch.cat([self._relate(noise), (variance / square.clamp_min(_TINY))[None]]).cpu()
+        return found
 
     def totals(self) -> Tensor:
         """Return the pass's share of `TOTALS`."""
@@ -90,10 +94,12 @@ class AbstractPass(abc.ABC):
     def _relate(self, noise: Tensor) -> Tensor:
         return noise / self._sizes_in_units.clamp_min(_TINY)
 
-    def _note(self, layer: str, *, noise: Tensor | float = 0.0, variance: Tensor | float = 0.0) -> None:
-        zero = torch.zeros_like(self._sizes_in_units)
-        noise_before, variance_before = self._noise_and_variance.get(layer, (zero, zero[0]))
-        self._noise_and_variance[layer] = noise_before + noise, variance_before + variance
+    def _note_variance(self, layer: str, variance: Tensor, square: Tensor) -> None:
+        """Add a draw's variance and the squared norm of its cotangent: a layer may draw several times in a pass."""
+        self._variance_and_square[layer] = self._variance_and_square.get(layer, 0) + torch.stack([variance, square])
+
+    def _note_noise(self, layer: str, noise: Tensor) -> None:
+        self._noise[layer] = self._noise.get(layer, 0) + noise
 
 
 class AllPass(AbstractPass):
@@ -110,13 +116,13 @@ class AllPass(AbstractPass):
     def see_draw(self, layer: str, scores: Tensor, count: int) -> None:
         """Take in the scores of a draw of `count` rows."""
         self._see_scores(layer, scores)
-        self._note(layer, variance=minimum_variance(scores, count) / scores.square().sum().clamp_min(_TINY))
+        self._note_variance(layer, minimum_variance(scores, count), scores.square().sum())
 
     def see_product(self, layer: str, factors: Factors, weight_K: Tensor, factor: float) -> None:
         """Take in the factors of a weight's gradient on the drawn rows, and the unit in which noise is counted."""
         # Horvitz and Thompson's estimate of Σ (1/p - 1) ‖g‖² ‖x‖²: the rows have the weight 1/p in them already.
         noise = ((1 - 1 / weight_K) * factors.row_squares()).sum()
-        self._note(layer, noise=_in_units(noise, factor))
+        self._note_noise(layer, _in_units(noise, factor))
         self._size = self._size + _in_units(factors.example_squares(self._generator).sum(), factor)
 
 
@@ -182,8 +188,7 @@ class HalvesPass(AbstractPass):
         usual = min(shares[1], _LARGEST_KEEP)
         chances_BN = water_filling(scores, count_kept(usual, scores.numel())).view_as(scores_BN)
         squares_BN = scores_BN.square()
-        variance = (_gains(chances_BN) * squares_BN).sum() / squares_BN.sum().clamp_min(_TINY)
-        self._note(layer, variance=variance)
+        self._note_variance(layer, (_gains(chances_BN) * squares_BN).sum(), squares_BN.sum())
         self._drawn = layer, chances_BN
         self.unseen.add(layer)
         if self._shares is None:
@@ -224,7 +229,7 @@ class HalvesPass(AbstractPass):
         chances_K = chances_BN[example_K, row_K]
         noise = _in_units((_gains(chances_K) * is_exact_K * row_squares_K).sum(), drawn.factor)
         self._usual_noise += noise
-        self._note(layer, noise=noise)
+        self._note_noise(layer, noise)
         self._shared += unit * self._estimate_shared(
             factors, torch.where(is_exact_K, 1 - chances_K, 0.0), chances_BN, half
         )

@@ -21,6 +21,8 @@ from cheapgrad.planning.controller_settings import check_keeps, check_settings
 
 # What a whole number of 64 bits holds.
 _MOST = 2**63
+# Of a weight's gradient: its square is still a number by far.
+_LARGEST_FACTOR = 1e60
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,16 @@ class ControlState:
     history: list[ControlRecord]
 
 
-def read_state(state: Any, settings: Mapping[str, Any], keeps: Mapping[str, float]) -> ControlState:
+def read_state(
+    state: Any, settings: Mapping[str, Any], keeps: Mapping[str, float], weights: frozenset[str]
+) -> ControlState:
     """Return what a saved state says.
 
     Args:
         state: what `Controller.state_dict` returned.
         settings: the arguments of the controller that is to go on from it.
         keeps: keep fractions of its layers as converted.
+        weights: names of those whose noise it counts in units of an optimizer's steps.
 
     Raises:
         ControlError: if it is no state, of other arguments or layers, or damaged.
@@ -88,8 +93,8 @@ def read_state(state: Any, settings: Mapping[str, Any], keeps: Mapping[str, floa
         _check(state, name, is_allowed, allowed)
     for name in ("rows", "curves", "layers", "followers"):
         _check(state, name, lambda value: set(value) <= keeps.keys(), f"of the layers {reprlib.repr(list(keeps))} only")
-    if state["factors"] and not settings["has_optimizer"]:
-        _check(state, "factors", lambda value: not value, "empty without an optimizer")
+    known = f"of the weights {reprlib.repr(sorted(weights))} only"
+    _check(state, "factors", lambda value: set(value) <= weights, known)
     _check(state, "layers", lambda value: value.keys() >= state["curves"].keys(), "of all layers that have a curve")
     return ControlState(
         **{name: state[name] for name in ("step", "shift", "misses", "noise", "log_size")},
@@ -179,8 +184,8 @@ _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "a list of layers",
     ),
     "factors": (
-        lambda value: _is_mapping(value, lambda factor: _is_number(factor) and factor >= 0),
-        "a number of at least 0 by weight",
+        lambda value: _is_mapping(value, lambda factor: _is_number(factor) and 0 <= factor <= _LARGEST_FACTOR),
+        f"a number from 0 to {_LARGEST_FACTOR:g} by weight",
     ),
     "history": (
         lambda value: isinstance(value, (list, tuple)) and all(_is_record(record) for record in value),

@@ -26,6 +26,7 @@ class StepUnits:
         layers: that are steered, with their names.
 
     Attributes:
+        names: of all weights of the layers.
         remarks: what a reader has to know about what was read last.
 
     Raises:
@@ -49,6 +50,7 @@ class StepUnits:
             }
             for layer, module in layers
         }
+        self.names = frozenset(name for own in self._weights.values() for name in own)
         self.remarks: tuple[str, ...] = ()
         self._waited = 0
         if not self._list_trained():

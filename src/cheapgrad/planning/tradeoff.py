@@ -117,12 +117,8 @@ def tradeoff(
         S. Ghadimi, G. Lan, "Stochastic first- and zeroth-order methods for nonconvex stochastic programming", SIAM J.
         Optim. 23 (2013), for the form of the bound. The comparison with a smaller batch at equal cost is ours.
     """
-    for name, value, lowest in (("cost", cost, "above 0"), ("noise", noise, "at least 0")):
-        is_finite = isinstance(value, numbers.Real) and math.isfinite(value)
-        if not is_finite or value < 0 or (value == 0 and name == "cost"):
-            raise TheoryError(f"{name} must be finite and {lowest}, but got {value!r}")
-    if math.isnan(noise_to_target) or noise_to_target < 0:
-        raise TheoryError(f"noise_to_target must be at least 0 (math.inf: noise decides), but got {noise_to_target!r}")
+    cost, noise = _read("cost", cost, "finite and above 0"), _read("noise", noise, "finite and at least 0")
+    noise_to_target = _read("noise_to_target", noise_to_target, "at least 0 (math.inf: noise decides)")
     if (problem is None) != (target is None):
         missing = "target" if target is None else "problem"
         raise TheoryError(f"problem and target go together, but {missing} is missing")
@@ -140,7 +136,19 @@ def tradeoff(
         ratio, assumption = _ratio_of_problem(problem, target, noise)
     else:
         ratio, assumption = _ratio_of_bound(noise, noise_to_target)
-    return Tradeoff(float(cost), float(noise), ratio, 1.0, 1.0 + noise, assumption)
+    return Tradeoff(cost, noise, ratio, 1.0, 1.0 + noise, assumption)
+
+
+def _read(name: str, value: Any, allowed: str) -> float:
+    """Return a number in its range as a float."""
+    try:
+        found = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        found = math.nan
+    is_in_range = found > 0 if "above" in allowed else found >= 0
+    if not is_in_range or (math.isinf(found) and "finite" in allowed):
+        raise TheoryError(f"{name} must be {allowed}, but got {value!r}")
+    return found
 
 
 def _ratio_of_bound(noise: float, noise_to_target: float) -> tuple[float, str]:

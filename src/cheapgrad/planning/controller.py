@@ -352,7 +352,7 @@ class Controller:
         curves, layers = self._without_followers(curves), self._without_followers(layers)
         if not curves:
             return
-        if compares and layers.keys() <= shared.unseen:
+        if compares and shared.seen.isdisjoint(layers):
             # Layers below that draw for themselves are not seen in every trial.
             self.obstacle = (
                 f"the rows drawn at {', '.join(layers)} are in the gradient of no linear weight that is trained there"

@@ -22,7 +22,7 @@ class Shared:
         curves: the same.
         layers: the same.
         followers: of any rank.
-        unseen: on every rank that drew.
+        seen: of any rank.
         rows: how many rows each layer has, the mean over the ranks that ran it, so that all round alike.
     """
 
@@ -30,7 +30,7 @@ class Shared:
     curves: dict[str, Tensor]
     layers: dict[str, Tensor]
     followers: frozenset[str]
-    unseen: frozenset[str]
+    seen: frozenset[str]
     rows: dict[str, int]
 
 
@@ -53,10 +53,10 @@ def share_trial(
     """
     if not has_ranks():
         return Shared(
-            trial.totals, trial.curves, trial.layers, frozenset(trial.followers), frozenset(trial.unseen), dict(rows)
+            trial.totals, trial.curves, trial.layers, frozenset(trial.followers), frozenset(trial.seen), dict(rows)
         )
     own_rows = {name: torch.tensor([rows[name], 1.0], dtype=torch.float64) for name in names if name in rows}
-    flags = [trial.followers, trial.layers.keys() - trial.unseen]
+    flags = [trial.followers, trial.seen]
     parts = [trial.totals]
     parts += [torch.tensor([float(name in flag) for name in names], dtype=torch.float64) for flag in flags]
     for found, size in ((trial.curves, len(KEEPS) + 1), (trial.layers, 3), (own_rows, 2)):
@@ -72,6 +72,6 @@ def share_trial(
         {name: curves[name] for name in drawn},
         {name: layers[name] for name in drawn},
         frozenset(name for name, ranks in zip(names, followers.tolist(), strict=True) if ranks),
-        frozenset(name for name, ranks in zip(names, seen.tolist(), strict=True) if not ranks),
+        frozenset(name for name, ranks in zip(names, seen.tolist(), strict=True) if ranks),
         {name: round(float(pair[0] / pair[1])) for name, pair in pairs.items() if pair[1] > 0},
     )

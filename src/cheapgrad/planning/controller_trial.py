@@ -49,9 +49,10 @@ class Trial:
     Attributes:
         totals: `TOTALS`, summed over the passes whose layers were looked at.
         curves: for each layer its draw's variance at `KEEPS` and the squared norm of its cotangent, summed.
-        layers: for each layer the noise of its draw in its weights' gradients relative to all, and in its cotangent.
+        layers: for each layer the noise of its draws in its weights' gradients relative to all, as they are and in
+            units, and in its cotangent.
         followers: layers whose draws add no noise of their own; see `HalvesPass`.
-        unseen: layers whose draws are in no weight's gradient.
+        seen: layers whose draws are in the gradient of a weight.
         obstacle: why a pass, or all, could not be measured; an empty string if all were.
     """
 
@@ -73,7 +74,7 @@ class Trial:
         self.curves: dict[str, Tensor] = {}
         self.layers: dict[str, Tensor] = {}
         self.followers: set[str] = set()
-        self.unseen: set[str] = set()
+        self.seen: set[str] = set()
         self.obstacle = _NOTHING
 
     def draw(
@@ -146,7 +147,7 @@ class Trial:
         self._clear()
         self.totals += totals
         self.followers |= current.followers
-        self.unseen |= current.unseen
+        self.seen |= layers.keys() - current.unseen
         for layer, curve in current.curves.items():
             self.curves[layer] = self.curves.get(layer, 0) + curve
         for layer, pair in layers.items():

@@ -59,7 +59,7 @@ def test_control_of_a_compiled_model_is_refused_by_name() -> None:
         compiled(x).square().mean().backward()
         controller.step()
     compiled(x).square().mean().backward()
-    with pytest.raises(ControlError, match=r"compiled.*train eagerly.*controller\.keeps"):
+    with pytest.raises(ControlError, match=r"compiled.*train eagerly.*controller\.strategies"):
         controller.step()
     # The same model under control without the compiler.
     controller = cheapgrad.Controller(handle, noise=0.1)

@@ -54,25 +54,22 @@ def test_noise_is_kept_where_whole_examples_are_left_out() -> None:
 
 
 class _Attending(nn.Module):
-    """One attention, whose two projections draw under one name, and a layer that is called twice."""
+    """One attention, whose two projections draw under one name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(D, 2, batch_first=True)
-        self.twice = nn.Linear(D, D)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        attended_BTD = self.attention(x_BTD, x_BTD, x_BTD, need_weights=False)[0]
-        return attended_BTD + self.twice(torch.tanh(self.twice(x_BTD)))
+        return self.attention(x_BTD, x_BTD, x_BTD, need_weights=False)[0]
 
 
-@pytest.mark.parametrize("pattern", ["attention", "twice"])
-def test_noise_is_kept_where_a_layer_draws_more_than_once(pattern: str) -> None:
+def test_noise_is_kept_where_a_layer_draws_more_than_once() -> None:
     torch.manual_seed(0)
     model = _Attending().double()
-    handle = cheapgrad.approximate(model, cheapgrad.Rule(pattern, cotangent=RowSample(0.5)), skip_small=False)
+    handle = cheapgrad.approximate(model, cheapgrad.Rule(cotangent=RowSample(0.5)), skip_small=False)
     controller = cheapgrad.Controller(handle, noise=0.2, every=2)
-    weights = [value for name, value in model.named_parameters() if name.startswith(pattern) and value.dim() == 2]
+    weights = [value for value in model.parameters() if value.dim() == 2]
 
     def gradient(generator: torch.Generator) -> Tensor:
         x_BTD = torch.randn(B, T, D, generator=generator, dtype=torch.float64)

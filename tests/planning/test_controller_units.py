@@ -57,22 +57,21 @@ def weigh(model: nn.Module, optimizer: torch.optim.Adam) -> Tensor:
     return torch.cat([torch.full((weight.numel(),), float(1 / root)) for weight, root in roots.items()]).double()
 
 
-@pytest.mark.parametrize(("spread", "target"), [(0.0, TARGET), (1.5, TARGET), (1.5, 0.6)])
-def test_noise_is_kept_in_units_of_the_steps(spread: float, target: float) -> None:
-    model, handle, controller, optimizer = set_up_with_optimizer(spread, noise=target)
+@pytest.mark.parametrize("target", [TARGET, 0.6])
+def test_noise_is_kept_in_units_of_the_steps(target: float) -> None:
+    model, handle, controller, optimizer = set_up_with_optimizer(noise=target)
     factors, generator = weigh(model, optimizer), torch.Generator().manual_seed(1)
     weighed, plain = [], []
     for step in range(1, 322):
         run_step(model, controller, generator)
         if step % 40 == 1 and step > 40:
             keeps = controller.keeps
-            for found, scale in ((weighed, factors), (plain, torch.ones_like(factors))):
-                measure = functools.partial(measure_noise, model, handle, share=scale.mul, batches=40, draws=2)
+            for found, scale, batches in ((weighed, factors, 40), (plain, torch.ones_like(factors), 10)):
+                measure = functools.partial(measure_noise, model, handle, share=scale.mul, batches=batches, draws=2)
                 found.append(measure_between_trials(handle, keeps, measure))
     assert sum(weighed) / len(weighed) == pytest.approx(target, rel=0.2)
     # One who leaves the units out keeps another noise at the target.
-    ratio = sum(plain) / sum(weighed)
-    assert ratio == pytest.approx(1, rel=0.05) if spread == 0 else ratio < 0.3
+    assert sum(plain) < 0.3 * sum(weighed)
 
 
 class Attending(nn.Module):

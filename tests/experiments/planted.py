@@ -169,6 +169,19 @@ def make_task(
     return make_results(kind, rows, **changes)
 
 
+def weigh(omega, of_others, omega_adamw, noise_to_signal, noise_to_signal_adamw):
+    """Return noise of a method at a point of exact training, as it is recorded."""
+    return {
+        "omega": omega,
+        "omega_adamw": omega_adamw,
+        "noise_to_signal": noise_to_signal,
+        "noise_to_signal_adamw": noise_to_signal_adamw,
+        "largest": "head.weight",
+        "its_share": 0.6,
+        "omega_of_others": of_others,
+    }
+
+
 def make_results(kind, rows, **changes):
     """Return results of these rows."""
     name = ("wide " if kind == "MLP" else "") + f"{kind} on data"

@@ -14,7 +14,7 @@ from benchmarks.experiments.methods import list_methods
 from benchmarks.experiments.pictures import draw_predictions
 from benchmarks.experiments.predictions import list_predictions, write_predictions
 from benchmarks.experiments.smaller_batches import read_batch_curve
-from tests.experiments.planted import UNIFORM, make_results, make_row
+from tests.experiments.planted import UNIFORM, make_results, make_row, weigh
 
 HALF, QUARTER = (f"exact, {share} % of the batch" for share in (50, 25))
 
@@ -30,17 +30,6 @@ def make_batch(percent, ratio, **changes):
     return make_row(label, "batch", loss=lose(ratio), batch=percent, match="exact", by=share, **changes)
 
 
-def weigh(omega):
-    return {
-        "omega": omega / 10,
-        "omega_adamw": omega,
-        "noise_to_signal": None,
-        "noise_to_signal_adamw": None,
-        "largest": "head.weight",
-        "its_share": 0.6,
-    }
-
-
 def make(*batches, omega, ratio, seeds=5):
     """Return a task where a method of so much noise is worth so many times fewer steps."""
     ruler = [
@@ -48,7 +37,10 @@ def make(*batches, omega, ratio, seeds=5):
         for x in (70, 40)
     ]
     method = make_row(UNIFORM, "uniform rows", loss=lose(ratio), omega=omega, seeds=seeds)
-    point = {"step": 50, "methods": {"exact": weigh(0), UNIFORM: weigh(omega)}}
+    point = {
+        "step": 50,
+        "methods": {"exact": weigh(0, 0, 0, None, None), UNIFORM: weigh(omega / 10, 0, omega, None, None)},
+    }
     rows = [make_row("exact", "exact"), method, *ruler, *batches]
     return replace(make_results("ViT", rows), weighed=(point,))
 

@@ -22,7 +22,7 @@ from benchmarks.experiments.tasks import make_perceptron_task
 from benchmarks.experiments.training import draw_batches, make_optimizer, rate_share
 from benchmarks.experiments.trials import WEIGHED, Trials
 from benchmarks.experiments.weighed_noise import measure_weighed_noise, weigh_noise
-from tests.experiments.planted import UNIFORM, make_results, make_row, make_setting
+from tests.experiments.planted import UNIFORM, make_results, make_row, make_setting, weigh
 
 
 def mean_squares(exact):
@@ -173,18 +173,6 @@ def test_it_is_made_only_where_it_is_wanted(trials, monkeypatch):
     assert replace(trials, wanted=("recipes.*",)).list_noise_runs(trials.tasks[0], None) == []
     monkeypatch.setattr(Trials, "choose_rate", lambda self, task, method, records: None)
     assert trials.list_noise_runs(trials.tasks[0], None) == []
-
-
-def weigh(omega, of_others, omega_adamw, noise_to_signal, noise_to_signal_adamw):
-    return {
-        "omega": omega,
-        "omega_adamw": omega_adamw,
-        "noise_to_signal": noise_to_signal,
-        "noise_to_signal_adamw": noise_to_signal_adamw,
-        "largest": "head.weight",
-        "its_share": 0.6,
-        "omega_of_others": of_others,
-    }
 
 
 def test_predictions_follow_from_noise_in_both_units():

@@ -73,6 +73,7 @@ def test_shares_may_be_fractions() -> None:
         ({0.5: math.nan}, "but has 0.5: nan"),
         ({0.5: math.inf}, "but has 0.5: inf"),
         ({0.5: -1.0}, "but has 0.5: -1.0"),
+        ({0.5: 10**400}, "but has 0.5: 1000"),
         ({"half": 1.4}, "but has 'half': 1.4"),
     ],
 )

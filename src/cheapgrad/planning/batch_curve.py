@@ -74,6 +74,17 @@ class BatchCurve:
         return math.exp(low + slope * (at - left) if at <= right else high + min(slope, 1.0) * (at - right))
 
 
+def read_real(value: Any) -> float:
+    """Return a real number as a float; NaN if it is none, or too large for one.
+
+    >>> read_real(2), read_real(True), read_real(10**400)
+    (2.0, nan, nan)
+    """
+    try:
+        return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
+
+
 def _is_positive(value: Any) -> bool:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and 0 < float(value) < math.inf
+    return 0 < read_real(value) < math.inf

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cheapgrad.errors import TheoryError
-from cheapgrad.planning.batch_curve import BatchCurve
+from cheapgrad.planning.batch_curve import BatchCurve, read_real
 from cheapgrad.planning.local_quadratic import LocalQuadratic
 
 
@@ -141,10 +140,7 @@ def tradeoff(
 
 def _read(name: str, value: Any, allowed: str) -> float:
     """Return a number in its range as a float."""
-    try:
-        found = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        found = math.nan
+    found = read_real(value)
     is_in_range = found > 0 if "above" in allowed else found >= 0
     if not is_in_range or (math.isinf(found) and "finite" in allowed):
         raise TheoryError(f"{name} must be {allowed}, but got {value!r}")
